@@ -1,0 +1,184 @@
+"""Sites: the modules of a pipeline whose output can be patched, found by class and listed in execution order."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .errors import ModelError, SiteError
+
+KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden")
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = (*TEXT_PARTS, "unet")
+
+# A text layer's class, and the paths of its attention and MLP within it. Sites are found by class, never by raw path:
+# the path of CLIP's layers changed between versions of transformers.
+_TEXT_LAYERS = {
+    "CLIPEncoderLayer": ("self_attn", "mlp"),
+    "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
+}
+_UNET_HIDDEN_CLASSES = ("BasicTransformerBlock", "Transformer2DModel")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One patchable module.
+
+    Attributes:
+        name: dotted path in the pipeline without ``text_model.``; the same in every version of transformers.
+        part: ``"text_encoder"``, ``"text_encoder_2"`` or ``"unet"``.
+        kind: ``"resnet"``, ``"self_attn"``, ``"cross_attn"``, ``"mlp"`` or ``"hidden"``.
+        layer: text encoders: the layer's number; UNet: the position among the sites of its kind, in execution order.
+        module: the module itself. The site's value is what a forward hook on it sees, first element if a tuple.
+    """
+
+    name: str
+    part: str
+    kind: str
+    layer: int
+    module: nn.Module = field(repr=False, compare=False)
+
+
+def discover_sites(pipe: Any) -> list[Site]:
+    """All sites of a pipeline: text encoders first, then the UNet, each in the order in which the forward runs.
+
+    Text encoders give ``self_attn``, ``mlp`` and ``hidden`` for each layer; a UNet gives ``resnet``, ``self_attn``,
+    ``cross_attn`` and ``mlp`` (70 for SD1.x and SD2.x, 227 for SDXL). Whole transformer blocks and attention blocks of
+    the UNet are not listed, but `find_site` takes them by name.
+
+    Raises:
+        ModelError: nothing in the pipeline is of a class that is known.
+    """
+    sites = [
+        site
+        for part in PARTS
+        if isinstance(module := getattr(pipe, part, None), nn.Module)
+        for site in part_sites(module, part)
+    ]
+    if not sites:
+        raise ModelError(
+            f"no sites in {type(pipe).__name__}: expected a CLIP text encoder or a UNet2DConditionModel among {PARTS}"
+        )
+    return sites
+
+
+def part_sites(module: nn.Module, part: str) -> list[Site]:
+    """The sites of one text encoder or UNet, in execution order."""
+    return list(_unet_sites(module) if part == "unet" else _text_sites(module, part))
+
+
+def find_site(pipe: Any, name: str) -> Site:
+    """The site called ``name``, including the UNet's whole transformer and attention blocks, which have kind ``hidden``.
+
+    Raises:
+        SiteError: no such site; the message has the nearest names.
+    """
+    sites = discover_sites(pipe)
+    by_name = {site.name: site for site in sites}
+    if name in by_name:
+        return by_name[name]
+    blocks = {block.name: block for block in _unet_blocks(pipe)}
+    if name in blocks:
+        return blocks[name]
+    raise SiteError(_unknown(name, [*by_name, *blocks]))
+
+
+def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[Site]:
+    """The sites that match any pattern, in their own order.
+
+    Args:
+        sites: where to choose from.
+        patterns: ``"unet"``, ``"text"``, ``"all"``, a name, or a glob such as ``"unet.up_blocks.*.attn1"``; or several.
+
+    Raises:
+        SiteError: a pattern matches nothing.
+    """
+    wanted: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = {site.name for site in sites if _matches(site, pattern)}
+        if not found:
+            raise SiteError(_unknown(pattern, [site.name for site in sites]))
+        wanted |= found
+    return [site for site in sites if site.name in wanted]
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    if pattern in ("unet", "text", "all"):
+        return pattern == "all" or (site.part == "unet") == (pattern == "unet")
+    return fnmatch.fnmatchcase(site.name, pattern)
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    return f"no site matches {name!r} among {len(names)} sites{hint}"
+
+
+def canonical_path(path: str) -> str:
+    """A module's dotted path as sites spell it, without the ``text_model.`` that some versions insert."""
+    return path.removeprefix("text_model.")
+
+
+def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
+    layer = 0
+    for path, module in encoder.named_modules():
+        children = _TEXT_LAYERS.get(type(module).__name__)
+        if children is None:
+            continue
+        name = f"{part}.{canonical_path(path)}"
+        for kind, child in zip(("self_attn", "mlp"), children, strict=True):
+            yield Site(f"{name}.{child}", part, kind, layer, module.get_submodule(child))
+        yield Site(name, part, "hidden", layer, module)
+        layer += 1
+
+
+def unet_order(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Resnets and attention blocks of a UNet with their paths, in execution order (``named_modules`` is not)."""
+    for side in ("down_blocks", "mid_block", "up_blocks"):
+        child = getattr(unet, side, None)
+        blocks = [] if child is None else [(side, child)] if side == "mid_block" else child.named_children()
+        for name, block in blocks:
+            path = side if side == "mid_block" else f"{side}.{name}"
+            resnets = list(getattr(block, "resnets", None) or ())
+            attentions = list(getattr(block, "attentions", None) or ())
+            # The mid block has one resnet more than attentions, and it comes first; elsewhere they alternate from resnets.
+            for index, resnet in enumerate(resnets):
+                yield f"{path}.resnets.{index}", resnet
+                if index < len(attentions) and attentions[index] is not None:
+                    yield f"{path}.attentions.{index}", attentions[index]
+
+
+def _unet_sites(unet: nn.Module) -> Iterator[Site]:
+    count = dict.fromkeys(KINDS, 0)
+
+    def site(path: str, kind: str, module: nn.Module) -> Site:
+        count[kind] += 1
+        return Site(f"unet.{path}", "unet", kind, count[kind] - 1, module)
+
+    for path, block in unet_order(unet):
+        if type(block).__name__ == "ResnetBlock2D":
+            yield site(path, "resnet", block)
+            continue
+        for index, transformer in enumerate(getattr(block, "transformer_blocks", ())):
+            inner = f"{path}.transformer_blocks.{index}"
+            first_kind = "cross_attn" if getattr(transformer, "only_cross_attention", False) else "self_attn"
+            yield site(f"{inner}.attn1", first_kind, transformer.attn1)
+            if getattr(transformer, "attn2", None) is not None:
+                yield site(f"{inner}.attn2", "cross_attn", transformer.attn2)
+            yield site(f"{inner}.ff", "mlp", transformer.ff)
+
+
+def _unet_blocks(pipe: Any) -> Iterator[Site]:
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, nn.Module):
+        return
+    layer = 0
+    for path, module in unet.named_modules():
+        if type(module).__name__ in _UNET_HIDDEN_CLASSES:
+            yield Site(f"unet.{path}", "unet", "hidden", layer, module)
+            layer += 1
