@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import KernelError
 from .selection import choose, known
 
-_library = torch.library.Library("fasttrace", "FRAGMENT")
+_library: Any = torch.library.Library("fasttrace", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 Implementation = Callable[..., Any]
 
