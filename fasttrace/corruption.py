@@ -116,7 +116,9 @@ class GaussianNoise:
         if not isinstance(self.scale, str) or not self.scale.endswith("x"):
             return self._factor()
         if not subject_ids:
-            raise PatchError(f"corruption scale {self.scale!r} is relative to the subjects' embeddings; no subjects given")
+            raise PatchError(
+                f"corruption scale {self.scale!r} is relative to the subjects' embeddings; no subjects given"
+            )
         rows = embedding_table.detach()[torch.tensor(sorted(set(subject_ids)), device=embedding_table.device)]
         return self._factor() * float(rows.double().std(correction=0))
 

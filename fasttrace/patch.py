@@ -98,11 +98,14 @@ class Patch:
             raise PatchError(f"branch={branch!r}: expected one of {', '.join(BRANCHES)}")
         if not isinstance(source, str | _Zero | Tensor | Noise | Add):
             raise PatchError(
-                f'source={source!r}: expected "clean", "corrupted", a key of sources=, ZERO, a tensor, Noise(...) or Add(...)'
+                f'source={source!r}: expected "clean", "corrupted", a key of sources=, ZERO, a tensor, Noise(...) or '
+                "Add(...)"
             )
         fixed = {
             "site": site.name if isinstance(site, Site) else str(site),
-            "positions": positions if positions is None or isinstance(positions, str) else _indices(positions, "positions"),
+            "positions": positions
+            if positions is None or isinstance(positions, str)
+            else _indices(positions, "positions"),
             "steps": None if steps is None else _indices(steps, "steps"),
             "branch": branch,
             "source": source,
@@ -123,7 +126,7 @@ class Patch:
         """
         if isinstance(self.positions, str):
             raise PatchError(
-                f"{self.site}: positions={self.positions!r} is a role, which only a Study can resolve; give token indices"
+                f"{self.site}: positions={self.positions!r} is a role, which only a Study can resolve: give indices"
             )
         _check_range(self.site, "position", self.positions or (), positions)
         if steps is not None:

@@ -82,7 +82,6 @@ class Prompt:
         return TokenizedPrompt(ids, positions, eos, tuple(str(word).replace("</w>", "") for word in words))
 
 
-
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """A prompt as one text encoder reads it.
@@ -130,7 +129,9 @@ class TokenizedPrompt:
 def _token_spans(text: str, tokenizer: Any) -> Sequence[tuple[int, int]]:
     """Characters of ``text`` that each token stands for, without special tokens and without truncation."""
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
         return [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     return _spans_by_matching(text, tokenizer)
 

@@ -73,7 +73,7 @@ def part_sites(module: nn.Module, part: str) -> list[Site]:
 
 
 def find_site(pipe: Any, name: str) -> Site:
-    """The site called ``name``, including the UNet's whole transformer and attention blocks, which have kind ``hidden``.
+    """The site called ``name``; the UNet's whole transformer and attention blocks too, which have kind ``hidden``.
 
     Raises:
         SiteError: no such site; the message has the nearest names.
@@ -146,7 +146,7 @@ def unet_order(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             path = side if side == "mid_block" else f"{side}.{name}"
             resnets = list(getattr(block, "resnets", None) or ())
             attentions = list(getattr(block, "attentions", None) or ())
-            # The mid block has one resnet more than attentions, and it comes first; elsewhere they alternate from resnets.
+            # They alternate, a resnet first; the mid block ends with a resnet too.
             for index, resnet in enumerate(resnets):
                 yield f"{path}.resnets.{index}", resnet
                 if index < len(attentions) and attentions[index] is not None:

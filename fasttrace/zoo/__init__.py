@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .random_pipeline import ARCHITECTURES, random_pipeline
+from .architectures import ARCHITECTURES
+from .random_pipeline import random_pipeline
 
 __all__ = ["ARCHITECTURES", "random_pipeline"]

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 # Words that should stay whole; anything else splits into shorter pieces, down to single bytes.
-WORDS = """a an the of in on at with and by to from photo image picture painting drawing sketch art style portrait view
+COMMON_WORDS = """a an the of in on at with and by to from photo image picture painting drawing sketch art style portrait view
 red orange yellow green blue purple pink brown black white gray golden dark light bright colorful
 cat dog horse bird fish apple car house tree flower ball chair table book boat train bus bicycle person man woman child
 mountain river sea sky sun moon star city street forest beach snow grass field garden room kitchen
 one two three four small large tiny old new young happy sad running sitting standing jumping sleeping eating playing
 van gogh monet picasso dali impressionist watercolor oil pencil cartoon realistic abstract high quality detailed
-eiffel tower castle bridge church lamp clock phone cup bottle cake pizza banana grape strawberry lemon""".split()
+eiffel tower castle bridge church lamp clock phone cup bottle cake pizza banana grape strawberry lemon"""
 
 
-def offline_tokenizer(
-    vocabulary: int, max_length: int = 77, pad_token: str = EOS, words: Sequence[str] = tuple(WORDS)
-) -> Any:
+def offline_tokenizer(vocabulary: int, max_length: int = 77, pad_token: str = EOS, words: str = COMMON_WORDS) -> Any:
     """A ``CLIPTokenizer`` with CLIP's rules (lower case, ``</w>``, start and end of text) and its own merges.
 
     Args:
@@ -30,11 +29,11 @@ def offline_tokenizer(
             the learnt tokens and the last two stay unused.
         max_length: the limit, with start and end of text.
         pad_token: the end of text (SD1.x), or ``"!"`` (OpenCLIP's encoders).
-        words: text to learn merges from.
+        words: what to learn merges from, separated by spaces.
     """
     from transformers import CLIPTokenizer
 
-    tokens, merges = _learn(words, vocabulary - 2)
+    tokens, merges = _learn(words.split(), vocabulary - 2)
     table = {token: index for index, token in enumerate(tokens)} | {BOS: vocabulary - 2, EOS: vocabulary - 1}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(table))
@@ -61,7 +60,7 @@ def _learn(words: Sequence[str], limit: int) -> tuple[list[str], list[tuple[str,
     while len(tokens) < limit:
         counts: dict[tuple[str, str], int] = {}
         for piece in pieces:
-            for pair in zip(piece, piece[1:], strict=False):
+            for pair in pairwise(piece):
                 counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             break
