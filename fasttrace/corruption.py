@@ -70,7 +70,7 @@ def philox_normal(seed: int, sample: int, tokens: Sequence[int] | np.ndarray | T
     for pair in (0, 2):
         radius, angle = np.sqrt(-2.0 * np.log(u[pair])), 2.0 * np.pi * u[pair + 1]
         normals[..., pair], normals[..., pair + 1] = radius * np.cos(angle), radius * np.sin(angle)
-    return torch.from_numpy(normals.reshape(position.shape[0], -1)[:, :channels].astype(np.float32))
+    return torch.from_numpy(normals.reshape(position.shape[0], 4 * quad.shape[1])[:, :channels].astype(np.float32))
 
 
 @dataclass(frozen=True)

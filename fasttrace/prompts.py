@@ -141,7 +141,7 @@ def _spans_by_matching(text: str, tokenizer: Any) -> list[tuple[int, int]]:
     lowered = text.lower()
     spans, cursor = [], 0
     for token in tokenizer.tokenize(text):
-        piece = tokenizer.convert_tokens_to_string([token]).strip().lower()
+        piece = tokenizer.convert_tokens_to_string([token]).replace("</w>", "").strip().lower()
         start = lowered.find(piece, cursor)
         if not piece or start < 0:
             raise PromptError(f"cannot align token {token!r} with {text!r}: use a fast tokenizer (is_fast)")

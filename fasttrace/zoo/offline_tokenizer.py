@@ -12,7 +12,8 @@ from typing import Any
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 # Words that should stay whole; anything else splits into shorter pieces, down to single bytes.
-COMMON_WORDS = """a an the of in on at with and by to from photo image picture painting drawing sketch art style portrait view
+COMMON_WORDS = """a an the of in on at with and by to from
+photo image picture painting drawing sketch art style portrait view
 red orange yellow green blue purple pink brown black white gray golden dark light bright colorful
 cat dog horse bird fish apple car house tree flower ball chair table book boat train bus bicycle person man woman child
 mountain river sea sky sun moon star city street forest beach snow grass field garden room kitchen

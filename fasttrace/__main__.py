@@ -1,0 +1,5 @@
+"""``python -m fasttrace``: the same as the ``fasttrace`` command."""
+
+from .cli import main
+
+main()
