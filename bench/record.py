@@ -1,0 +1,77 @@
+"""Results as rows of ``bench/results/<suite>.csv``, each with the machine, versions, commit and date it came from."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "triton", "diffusers", "transformers")
+
+
+@functools.cache
+def provenance() -> dict[str, str]:
+    """Where a measurement was made: date, commit, machine, threads and versions."""
+    versions = []
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+    }
+
+
+def append(suite: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Append rows to a suite's file; columns that an older file lacks are added to it.
+
+    Args:
+        suite: name of the file.
+        rows: measured figures, with units in their column names (``median_s``, ``ratio``, ``peak_mib``).
+    """
+    path = RESULTS / f"{suite}.csv"
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    everything = [*old, *({**row, **provenance()} for row in rows)]
+    columns = list(dict.fromkeys(name for row in everything for name in row))
+    columns = [name for name in columns if name not in provenance()] + list(provenance())
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(everything)
+    return path
+
+
+def cpu_name() -> str:
+    """The processor's model and the number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
