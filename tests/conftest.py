@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import fasttrace as ft
-
-TINY = ("tiny-sd15", "tiny-sd21", "tiny-sdxl")
+from tests.pipelines import TINY, tiny_pipeline
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,16 +28,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def one_thread() -> None:
     """Tiny shapes gain nothing from a second thread, and the suite may run in several processes."""
     torch.set_num_threads(1)
-
-
-_pipelines: dict[tuple[str, torch.dtype], Any] = {}
-
-
-def tiny_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random pipeline that the whole session shares; tests must leave it as it is."""
-    if (name, dtype) not in _pipelines:
-        _pipelines[name, dtype] = ft.zoo.random_pipeline(name, dtype=dtype)
-    return _pipelines[name, dtype]
 
 
 @pytest.fixture(params=TINY)
