@@ -27,7 +27,7 @@ def triton_launcher(name: str) -> Implementation:
     """The launcher of ``kernels/<name>``, imported at its first call: Triton is optional.
 
     Raises:
-        KernelError: at the call, if Triton cannot be imported.
+        KernelError: at the call, if Triton cannot be imported, or the launcher refuses its arguments (``ValueError``).
     """
 
     @cache
@@ -43,7 +43,11 @@ def triton_launcher(name: str) -> Implementation:
         return launcher
 
     def launch(*args: Any, **kwargs: Any) -> Any:
-        return load()(*args, **kwargs)
+        launcher = load()
+        try:
+            return launcher(*args, **kwargs)
+        except ValueError as error:
+            raise KernelError(f"{name}: {error}, or choose another implementation of the op") from error
 
     return launch
 
