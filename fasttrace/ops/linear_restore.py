@@ -1,0 +1,148 @@
+"""A linear layer whose result is a site's value: restored, noised, and added to the residual stream, in one pass.
+
+``out = restore(x Wᵀ + b + (x K) Uᵀ, source, bank) + mask * sigma * normal + residual``
+
+The site's value is what a hook would see: everything before the residual, in the storage dtype. Codes of rows copy what
+the *source row* computes, so an implementation may gather the source row's inputs instead of waiting for its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..corruption import philox_normal
+from ..errors import KernelError
+from ._register import Op, triton_launcher
+from .restore import restore
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    source: Tensor,
+    bank: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+    low_rank: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The projection by its definition.
+
+    Args:
+        x: inputs ``[B, P, K]``, any float dtype.
+        weight: ``[N, K]``.
+        bias: ``[N]``.
+        residual: ``[B, P, N]``, added to each row as it is, restored or not.
+        source: codes ``[B, P]``, as in ``fasttrace.ops.restore``.
+        bank: ``[S, P, N]`` values that codes name.
+        noise: ``(sigma [B] fp32, seed [B] int64, mask [B, P] bool)``: each masked position of row ``b`` gets
+            ``sigma[b]`` times the normals of key ``seed[b]``, sample 0, token = position, as ``fasttrace.corruption``
+            lays them out; after restoring.
+        low_rank: ``(x K [B, P, r], U [B, N, r])``: each row's own edit of the weight, ``W + U Kᵀ``, r at most 64.
+
+    Returns:
+        ``[B, P, N]``, dtype of ``x``, contiguous. Products are summed in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        KernelError: shapes that do not fit together.
+    """
+    check_linear(x, weight, bias, residual, source, bank, noise, low_rank)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    value = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        value += bias.to(wide)
+    if low_rank is not None:
+        value += low_rank[0].to(wide) @ low_rank[1].to(wide).transpose(1, 2)
+    return finish(value.to(x.dtype), residual, source, bank, noise)
+
+
+def linear_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    source: Tensor,
+    bank: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+    low_rank: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The same by torch's matrix product, with copies after it."""
+    check_linear(x, weight, bias, residual, source, bank, noise, low_rank)
+    value = F.linear(x, weight, bias)
+    if low_rank is not None:
+        value = torch.baddbmm(value, low_rank[0], low_rank[1].transpose(1, 2))
+    return finish(value, residual, source, bank, noise)
+
+
+def finish(
+    value: Tensor, residual: Tensor | None, source: Tensor, bank: Tensor | None, noise: Sequence[Tensor] | None
+) -> Tensor:
+    """Restore a site's value ``[B, P, D]``, add noise to its masked positions, and add the residual."""
+    value = restore(value, source, bank)
+    if noise is not None:
+        sigma, seed, mask = noise
+        wide = torch.promote_types(value.dtype, torch.float32)
+        for row in range(value.shape[0]):
+            where = mask[row].nonzero().flatten()
+            drawn = philox_normal(int(seed[row]), 0, where.cpu(), value.shape[2]).to(value.device, wide)
+            value[row, where] = (value[row, where].to(wide) + sigma[row].to(wide) * drawn).to(value.dtype)
+    return value if residual is None else value + residual
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    source: Tensor,
+    bank: Tensor | None,
+    noise: Sequence[Tensor] | None,
+    low_rank: Sequence[Tensor] | None,
+) -> None:
+    """Raise a ``KernelError`` for shapes that do not fit together."""
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
+        raise KernelError(
+            f"linear_restore: x {list(x.shape)} and weight {list(weight.shape)}; expected [B, P, K], [N, K]"
+        )
+    rows, positions, _ = x.shape
+    channels = weight.shape[0]
+    rank = low_rank[0].shape[-1] if low_rank is not None else 0
+    named: list[tuple[str, Tensor | None, list[int]]] = [
+        ("bias", bias, [channels]),
+        ("residual", residual, [rows, positions, channels]),
+        ("source", source, [rows, positions]),
+        ("bank", bank, [bank.shape[0] if bank is not None else 0, positions, channels]),
+    ]
+    if noise is not None:
+        named += zip(("sigma", "seed", "mask"), noise, ([rows], [rows], [rows, positions]), strict=True)
+    if low_rank is not None:
+        named += zip(("x K", "U"), low_rank, ([rows, positions, rank], [rows, channels, rank]), strict=True)
+    for name, tensor, shape in named:
+        if tensor is not None and list(tensor.shape) != shape:
+            raise KernelError(f"linear_restore: {name} {list(tensor.shape)}; expected {shape}; expand what rows share")
+    if rank > 64:
+        raise KernelError(f"linear_restore: low-rank term of rank {rank}; at most 64: add a larger one to the weight")
+
+
+def _fake(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
+
+
+def _shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
+    few = "few" if x.shape[0] * x.shape[1] < 4096 else "many"
+    return f"n{weight.shape[0]}_k{weight.shape[1]}_{few}"
+
+
+linear_restore = Op(
+    "linear_restore",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor source, Tensor? bank=None, Tensor[]? noise=None,"
+    " Tensor[]? low_rank=None) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    implementations={"torch": linear_torch, "triton": triton_launcher("linear_restore")},
+    shape_class=_shape_class,
+)
