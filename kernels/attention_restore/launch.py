@@ -11,8 +11,8 @@ from .kernel import attention_restore_kernel
 MAX_HEAD_DIM = 160
 
 # (architecture, columns at most, kind): queries a block, keys a block, warps, stages. A device takes the nearest
-# architecture at or below its own. Columns are those of the split head: 48 for 40, 80, 160. Kinds are the lengths of the
-# op's shape classes, and "heads" for any length with head values to restore.
+# architecture at or below its own. Columns are those of the split head: 48 for 40, 80, 160. Kinds are the lengths of
+# the op's shape classes, and "heads" for any length with head values to restore.
 CONFIGS = {
     (80, 64, "long"): (128, 64, 4, 3),
     (80, 64, "cross"): (128, 32, 4, 2),
@@ -130,12 +130,13 @@ def attention_restore(
     return out
 
 
-# Name, head dimension, queries, keys: every attention of SD1.x, SD2.x, SDXL and their text encoders.
+# Name, head dimension, queries, keys: the attentions of SD1.x, SD2.x, SDXL and their text encoders. Small: 256 x 256.
 TRUE_SHAPES = (
     ("sd15_self_4096", 40, 4096, 4096),
     ("sd15_self_1024", 80, 1024, 1024),
     ("sd15_self_256", 160, 256, 256),
     ("sd15_self_64", 160, 64, 64),
+    ("sd15_small_64", 80, 64, 64),
     ("sd15_cross_4096", 40, 4096, 77),
     ("sd15_cross_1024", 80, 1024, 77),
     ("sd15_cross_256", 160, 256, 77),
@@ -177,18 +178,21 @@ def _case(name, arch, head_dim, queries, keys, given, dtype="fp16"):
 
 
 def compile_cases():
-    """Every config at a true shape with a source map; the other options at one shape each."""
-    cases = []
-    for arch in (80, 90):
-        for name, *shape in TRUE_SHAPES:
-            cases.append(_case(f"{name}_fp16", arch, *shape, ("source", "kv_row")))
-        cases += [
-            _case("sd15_self_4096_fp16_plain", arch, 40, 4096, 4096, ()),
-            _case("sdxl_self_4096_bf16", arch, 64, 4096, 4096, ("source",), "bf16"),
-            *(
-                _case(f"sd15_self_{keys}_fp16_heads", arch, width, keys, keys, ("source", "head_source", "bank"))
-                for width, keys in ((40, 4096), (80, 1024), (160, 256))
-            ),
-            _case("clip_text_77_fp16_lengths", arch, 64, 77, 77, ("source", "kv_length")),
-        ]
-    return cases
+    """Every config at a true shape with a source map; the other options once."""
+    heads = ("source", "head_source", "bank")
+    cases = [
+        case
+        for arch in (80, 90)
+        for case in (
+            *(_case(f"{name}_fp16", arch, *shape, ("source", "kv_row")) for name, *shape in TRUE_SHAPES),
+            _case("sd15_self_4096_fp16_heads", arch, 40, 4096, 4096, heads),
+            _case("sd15_self_1024_fp16_heads", arch, 80, 1024, 1024, heads),
+            _case("sd15_self_256_fp16_heads", arch, 160, 256, 256, heads),
+        )
+    ]
+    return [
+        *cases,
+        _case("sd15_self_4096_fp16_plain", 90, 40, 4096, 4096, ()),
+        _case("sdxl_self_4096_bf16", 90, 64, 4096, 4096, ("source",), "bf16"),
+        _case("clip_text_77_fp16_lengths", 90, 64, 77, 77, ("source", "kv_length")),
+    ]

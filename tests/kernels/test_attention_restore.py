@@ -201,6 +201,13 @@ def test_columns_of_a_split_head(width, columns):
     assert shape_class(q, q[:, :77]) == f"hd{width}_cross"
 
 
+def test_every_config_is_compiled_somewhere():
+    from fasttrace.kernels.attention_restore.launch import CONFIGS, compile_cases
+
+    compiled = {(c.archs[0], c.constants["BM"], c.constants["BN"], c.num_warps, c.num_stages) for c in compile_cases()}
+    assert {(arch, *blocks) for (arch, *_), blocks in CONFIGS.items()} <= compiled
+
+
 def test_registration_is_sound():
     q, k, v = qkv(2, 6, 6, 2, 8)
     torch.library.opcheck(torch.ops.fasttrace.attention_restore.default, (q, k, v, maps(2, 6)["keep"]))
