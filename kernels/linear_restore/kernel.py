@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common import ZERO
+from ..product import product
 from ..restoring import add_noise, apply_slots, is_computed, source_row
 
 
@@ -55,16 +56,7 @@ def linear_restore_kernel(
     p_x = x + (b_row.to(tl.int64) * s_x_b + o_p.to(tl.int64) * s_x_p)[:, None]
     p_w = weight + (o_n.to(tl.int64) * K)[None, :]
 
-    b_acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, tl.where(tl.max(m_computed.to(tl.int32), 0) > 0, K, 0), BK):
-        o_k = k + tl.arange(0, BK)
-        if K % BK == 0:
-            b_x = tl.load(p_x + o_k[None, :], mask=m_m[:, None], other=0.0)  # [BM, BK]
-            b_w = tl.load(p_w + o_k[:, None], mask=m_n[None, :], other=0.0)  # [BK, BN]
-        else:
-            b_x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0.0)
-            b_w = tl.load(p_w + o_k[:, None], mask=m_n[None, :] & (o_k < K)[:, None], other=0.0)
-        b_acc = tl.dot(b_x, b_w, b_acc, input_precision="ieee")
+    b_acc = product(p_x, p_w, m_m, m_n, m_computed, K, BM, BN, BK)
     if bias is not None:
         b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
