@@ -66,7 +66,7 @@ def launch(given: dict, guarded) -> torch.Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"noise": True}, {"rank": 1}, {"noise": True, "rank": 17}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 7, 20, 21), (2, 16, 32, 32), (4, 5, 50, 36)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 7, 20, 21), (2, 8, 32, 32)], ids=str)
 def test_matches_the_reference(shape, dtype, options, device, guarded, assert_close):
     given = inputs(*shape, dtype, **options)
     assert_close(launch(mapped(given, guarded), guarded), truth(given), RATIO[dtype])

@@ -1,0 +1,96 @@
+"""A resnet's shortcut addition, whose result is a site's value: ``restore((shortcut + hidden) / s) + noise``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ._register import Op, triton_launcher
+from .linear_restore import finish
+
+
+def reference(
+    hidden: Tensor,
+    shortcut: Tensor,
+    source: Tensor,
+    bank: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+    output_scale: float = 1.0,
+) -> Tensor:
+    """The addition by its definition. A spatial value in channels-last memory has a view ``[B, h w, C]``.
+
+    Args:
+        hidden: result of the second convolution, ``[B, P, C]``, any float dtype.
+        shortcut: the resnet's input, projected or not, ``[B, P, C]``.
+        source: codes ``[B, P]``, as in ``fasttrace.ops.restore``.
+        bank: ``[S, P, C]`` values that codes name.
+        noise: ``(sigma [B] fp32, seed [B] int64, mask [B, P] bool)``, as in ``fasttrace.ops.linear_restore``.
+        output_scale: diffusers' ``output_scale_factor``, which divides the sum.
+
+    Returns:
+        ``[B, P, C]``, dtype of ``hidden``, contiguous.
+
+    Raises:
+        KernelError: shapes that do not fit together.
+    """
+    check_residual(hidden, shortcut, source, bank, noise)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    value = ((shortcut.to(wide) + hidden.to(wide)) / output_scale).to(hidden.dtype)
+    return finish(value, None, source, bank, noise).contiguous()
+
+
+def residual_torch(
+    hidden: Tensor,
+    shortcut: Tensor,
+    source: Tensor,
+    bank: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+    output_scale: float = 1.0,
+) -> Tensor:
+    """The same in the storage dtype, with copies after it."""
+    check_residual(hidden, shortcut, source, bank, noise)
+    value = shortcut + hidden
+    return finish(value if output_scale == 1.0 else value / output_scale, None, source, bank, noise).contiguous()
+
+
+def check_residual(
+    hidden: Tensor, shortcut: Tensor, source: Tensor, bank: Tensor | None, noise: Sequence[Tensor] | None
+) -> None:
+    """Raise a ``KernelError`` for shapes that do not fit together."""
+    if hidden.ndim != 3 or shortcut.shape != hidden.shape:
+        raise KernelError(
+            f"residual_restore: hidden {list(hidden.shape)}, shortcut {list(shortcut.shape)}; expected [B, P, C] twice"
+        )
+    rows, positions, channels = hidden.shape
+    named = [("source", source, [rows, positions])]
+    if bank is not None:
+        named.append(("bank", bank, [bank.shape[0], positions, channels]))
+    if noise is not None:
+        named += zip(("sigma", "seed", "mask"), noise, ([rows], [rows], [rows, positions]), strict=True)
+    for name, tensor, shape in named:
+        if list(tensor.shape) != shape:
+            raise KernelError(
+                f"residual_restore: {name} {list(tensor.shape)}; expected {shape}; expand what rows share"
+            )
+
+
+def _fake(hidden: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _shape_class(hidden: Tensor, *_: object, **__: object) -> str:
+    return f"c{hidden.shape[2]}"
+
+
+residual_restore = Op(
+    "residual_restore",
+    "(Tensor hidden, Tensor shortcut, Tensor source, Tensor? bank=None, Tensor[]? noise=None, float output_scale=1.0)"
+    " -> Tensor",
+    reference=reference,
+    fake=_fake,
+    implementations={"torch": residual_torch, "triton": triton_launcher("residual_restore")},
+    shape_class=_shape_class,
+)
