@@ -245,8 +245,8 @@ def _predicted(scheduler: Any, run: RunBatch) -> Tensor:
     """The clean latents that each output predicts, ``[N, S, C, h, w]``: ``x0`` in DDIM (Song et al. 2021, eq. 12).
 
     With signal ``a = sqrt(alphas_cumprod)`` and noise ``s = sqrt(1 - alphas_cumprod)``, an input ``a x0 + s e`` and an
-    output that is ``e`` give ``x0 = (input - s output) / a``; an output that is ``v = a e - s x0`` gives
-    ``x0 = a input - s output``. Inputs are as the UNet reads them, so schedulers that count in sigmas are covered: they scale to this form.
+    output ``e`` give ``x0 = (input - s output) / a``; an output ``v = a e - s x0`` gives ``x0 = a input - s output``.
+    Inputs are as the UNet reads them, so schedulers that count in sigmas are covered: they scale to this form.
     """
     if run.inputs is None or run.timesteps is None or run.outputs is None:
         raise MetricError("predicted pictures need outputs, inputs and timesteps of the teacher-forced steps")

@@ -38,22 +38,24 @@ def clip_scores(scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def find_scorer(pipe: Any, judge: str) -> Scorer:
-    """The packaged scorer if ``judge`` is empty, else a CLIP of transformers from a folder or the hub.
+    """The packaged scorer if ``judge`` is empty or ``"emoji"``, else a CLIP of transformers from a folder or the hub.
 
     Raises:
-        MetricError: no judge named for a pipeline that is not the packaged one, or none can be loaded.
+        MetricError: no judge named for a pipeline that does not read the packaged model's vocabulary, or none can be
+            loaded.
     """
-    if judge:
+    if judge not in ("", "emoji"):
         return HubClip(judge, pipe.unet.device)
     from .zoo import emoji
 
-    if not emoji.is_packaged(pipe):
+    scorer = emoji.load_scorer(pipe.unet.device)
+    # Edited, fine-tuned and saved copies of the packaged model keep its tokenizer, whatever else they change.
+    if not judge and pipe.tokenizer.get_vocab() != scorer.tokenizer.get_vocab():
         raise MetricError(
             "clip_score alone means the packaged model's own scorer, which knows nothing of this model's pictures: "
             'name a CLIP, as in "clip_score:openai/clip-vit-large-patch14" or "clip_score:/a/folder", or use '
             "latent_cosine or latent_l2"
         )
-    scorer: Scorer = emoji.load_scorer()
     return scorer
 
 

@@ -1,0 +1,161 @@
+"""UNet figures: every site in network order, a panel a kind; sites by steps; the profile of each kind by depth."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..effects import Effects
+from ..table import Groups, network_order
+from ..wording import KIND_NAMES, number
+from . import style
+
+
+def draw_sites(fig: Any, effects: Effects) -> None:
+    """One bar a site, in network order from left to right, one panel a kind; whiskers are 95% intervals over prompts.
+
+    Dashed lines are the two baselines: no effect (the corrupted run) and the total effect (the clean run).
+    """
+    effects = effects.where(part="unet")
+    table = effects.aie(by=["site", "kind"])
+    place = {name: index for index, name in enumerate(sorted(table["site"].unique(), key=network_order))}
+    table["x"] = table["site"].map(place)
+    total = _total(effects)
+    kinds = [kind for kind in KIND_NAMES if kind in set(table["kind"])]
+    axes = fig.subplots(len(kinds), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+    for kind, axis in zip(kinds, axes, strict=True):
+        part = table[table["kind"] == kind]
+        _bands(axis, list(place), labels=axis is axes[0])
+        axis.bar(part["x"], part["aie"], width=0.82, color=style.COLORS[kind], zorder=3)
+        _whiskers(axis, part["x"], part)
+        axis.axhline(0, color=style.MUTED, linewidth=0.9, zorder=2)
+        axis.axhline(total, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        top = part.iloc[int(part["aie"].abs().argmax())]
+        axis.annotate(
+            _place_name(top["site"]), (top["x"], np.nanmax([top["aie"], top["high"], 0])), xytext=(0, 4),
+            textcoords="offset points", ha="center", fontsize=7.5, color=style.INK, zorder=5,
+        )  # fmt: skip
+        axis.set_ylabel(KIND_NAMES.get(kind, kind), fontsize=9.5, color=style.COLORS[kind], fontweight="bold")
+        style.plain(axis, grid="y")
+        axis.yaxis.label.set_color(style.COLORS[kind])
+    low, high = _limits(table, total)
+    axes[0].set_ylim(low, high)
+    axes[0].set_xlim(-0.6, len(place) - 0.4)
+    axes[0].annotate(
+        f"clean: total effect {number(total)}", (0.997, total), xycoords=("axes fraction", "data"), ha="right",
+        va="bottom", fontsize=8, color=style.MUTED,
+    )  # fmt: skip
+    fig.supylabel("average indirect effect: restored − corrupted score", fontsize=9.5, color=style.INK)
+    axes[-1].set_xticks([])
+    axes[-1].set_xlabel("sites in the order in which the UNet runs them →", fontsize=9.5)
+
+
+def draw_steps(fig: Any, effects: Effects) -> None:
+    """Site (down, in network order) by steps (across); one panel a kind, on one scale up to the total effect."""
+    effects = effects.where(part="unet")
+    table = effects.to_pandas()
+    cells = Groups(table, ["site", "kind", "step_start", "step_stop"]).frame
+    windows = sorted({(int(a), int(b)) for a, b in zip(cells["step_start"], cells["step_stop"], strict=True)})
+    names = [str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in windows]
+    total = _total(effects)
+    limit = max(abs(total), 1e-12)
+    kinds = [kind for kind in KIND_NAMES if kind in set(cells["kind"])]
+    axes = fig.subplots(1, len(kinds), squeeze=False)[0]
+    for kind, axis in zip(kinds, axes, strict=True):
+        part = cells[cells["kind"] == kind]
+        sites = sorted(part["site"].unique(), key=network_order)
+        grid = np.full((len(sites), len(windows)), np.nan)
+        for _, cell in part.iterrows():
+            column = windows.index((int(cell["step_start"]), int(cell["step_stop"])))
+            grid[sites.index(cell["site"]), column] = cell["aie"] * np.sign(total)
+        image = axis.imshow(grid, cmap=style.MAPS[kind], vmin=0, vmax=limit, aspect="auto")
+        axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10.5, color=style.COLORS[kind], fontweight="bold")
+        axis.set_yticks(range(len(sites)), [_place_name(site) for site in sites])
+        every = max(1, -(-len(windows) // 10))
+        axis.set_xticks(range(0, len(windows), every), names[::every], rotation=0 if len(names[-1]) < 4 else 45)
+        axis.set_xlabel("restored denoising steps", fontsize=9.5)
+        style.plain(axis)
+        axis.tick_params(axis="y", labelsize=7)
+        style.scale(fig, image, axis, ["corrupted\n0", f"clean\n{number(total)}"])
+
+
+def draw_profile(fig: Any, effects: Effects) -> None:
+    """Mean effect of a site against depth, one line a kind: UNet blocks or text layers from left to right."""
+    table = effects.to_pandas()
+    panels = [("UNet", table[table["part"] == "unet"]), ("text encoder", table[table["part"] != "unet"])]
+    panels = [(name, part) for name, part in panels if len(part)]
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    for (name, part), axis in zip(panels, axes, strict=True):
+        unet = name == "UNet"
+        depth = part["site"].map(block) if unet else part["part"].astype(str) + " " + part["layer"].astype(str)
+        chosen = Effects(part.assign(depth=depth), effects.record)
+        order = list(dict.fromkeys(part.assign(d=depth).sort_values("site", key=_network_ranks)["d"]))
+        result = chosen.aie(by=["kind", "depth"])
+        for kind in [kind for kind in KIND_NAMES if kind in set(result["kind"])]:
+            line = result[result["kind"] == kind].set_index("depth").reindex(order).reset_index()
+            x = np.arange(len(order))
+            color = style.COLORS[kind]
+            axis.plot(x, line["aie"], color=color, marker="o", markersize=4, linewidth=1.8, label=KIND_NAMES[kind])
+            axis.fill_between(x, line["low"], line["high"], color=color, alpha=0.13, linewidth=0)
+        axis.axhline(0, color=style.MUTED, linewidth=0.9)
+        shown = [label if unet else label.split()[-1] for label in order]
+        axis.set_xticks(range(len(order)), shown, rotation=30 if unet and len(order) > 6 else 0)
+        axis.set_xlabel("UNet block, in network order" if unet else "text layer", fontsize=9.5)
+        axis.set_ylabel("mean indirect effect of one site", fontsize=9.5)
+        axis.legend(fontsize=8.5, frameon=False, labelcolor=style.INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        style.plain(axis, grid="y")
+
+
+def block(site: str) -> str:
+    """The UNet block that a site stands in, as a label: ``down 0``, ``mid``, ``up 2``."""
+    side, index = site.split(".")[1:3]
+    return "mid" if side == "mid_block" else f"{side.removesuffix('_blocks')} {index}"
+
+
+def _network_ranks(names: pd.Series) -> pd.Series:
+    place = {name: index for index, name in enumerate(sorted(names.unique(), key=network_order))}
+    return names.map(place)
+
+
+def _total(effects: Effects) -> float:
+    return float(effects.table.groupby("prompt_id")["total_effect"].mean().mean())
+
+
+def _bands(axis: Any, sites: list[str], *, labels: bool) -> None:
+    """Shade every other UNet block, and name the blocks above the first panel."""
+    start = 0
+    for count, (name, members) in enumerate(groupby(sites, key=block)):
+        stop = start + len(list(members))
+        if count % 2 == 0:
+            axis.axvspan(start - 0.5, stop - 0.5, color=style.GROUND, zorder=0, linewidth=0)
+        if labels:
+            narrow = stop - start < 0.035 * len(sites)
+            axis.annotate(
+                name.replace("down ", "d").replace("up ", "u") if narrow else name,
+                ((start + stop - 1) / 2, 1.02), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                fontsize=8.5, color=style.MUTED,
+            )  # fmt: skip
+        start = stop
+
+
+def _whiskers(axis: Any, x: pd.Series, part: pd.DataFrame) -> None:
+    if part["low"].notna().any():
+        axis.vlines(x, part["low"], part["high"], color=style.INK, linewidth=0.8, alpha=0.7, zorder=4)
+
+
+def _limits(table: pd.DataFrame, total: float) -> tuple[float, float]:
+    values = np.concatenate([table["aie"], table["low"].dropna(), table["high"].dropna(), [0.0, total]])
+    low, high = float(values.min()), float(values.max())
+    margin = 0.12 * max(high - low, 1e-12)
+    return low - margin / 2, high + margin
+
+
+def _place_name(site: str) -> str:
+    """Where a site of a known kind stands, in few characters: ``down 0 / 1`` for the second of its kind there."""
+    numbers = [piece for piece in site.split(".")[2 if block(site) == "mid" else 3 :] if piece.isdigit()]
+    if len(numbers) > 1 and numbers[-1] == "0":
+        numbers.pop()
+    return f"{block(site)} / {'.'.join(numbers)}"

@@ -1,0 +1,40 @@
+"""How numbers, counts, kinds and metrics are put into words, in figures, reports and on the terminal alike."""
+
+from __future__ import annotations
+
+KIND_NAMES = {
+    "resnet": "resnet",
+    "self_attn": "self-attention",
+    "cross_attn": "cross-attention",
+    "mlp": "MLP",
+    "hidden": "whole layer",
+}
+_UNITS = {
+    "clip_score": "100 × cosine of picture and prompt in CLIP's space",
+    "x0_clip_score": "100 × cosine of predicted picture and prompt in CLIP's space",
+    "latent_cosine": "cosine with the clean run's latents",
+    "latent_l2": "minus relative distance to the clean run's latents",
+    "text_cosine": "cosine with the clean text states",
+    "text_l2": "minus relative distance to the clean text states",
+    "noise_cosine": "cosine with the clean run's model output",
+    "noise_l2": "minus relative distance to the clean run's model output",
+    "x0_l2": "minus relative distance to the clean predicted latents",
+}
+
+
+def unit(metric: str) -> str:
+    """What a metric's numbers are, for an axis."""
+    return _UNITS.get(metric.partition(":")[0], metric)
+
+
+def number(value: float) -> str:
+    """A score in about four characters."""
+    size = abs(value)
+    if size >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def counted(count: float, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{int(count)} {noun}" if count == 1 else f"{int(count)} {noun}s"
