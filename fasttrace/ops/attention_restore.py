@@ -35,7 +35,7 @@ def reference(
         q: queries ``[B, M, H, d]``, any float dtype.
         k, v: keys and values ``[Bk, N, H, d]``.
         source: codes ``[B, M]`` of the site whose projection follows, as in ``fasttrace.ops.restore``. Positions that
-            are neither kept nor added to are zero in the result.
+            take their value from elsewhere are zero in the result.
         head_source: codes ``[B, M, H]`` of the head values. Codes of rows copy the head's attention of that row.
         bank: head values ``[S, M, H, d]`` that codes of ``head_source`` name.
         kv_row: which row of ``k`` and ``v`` each query row attends to, int32 ``[B]``; by default its own. Lets all
@@ -151,8 +151,14 @@ def _restored(value: Tensor, source: Tensor | None, head_source: Tensor | None, 
         flat_bank = None if bank is None else bank.flatten(1, 2)
         value = restore(value.flatten(1, 2), head_source.flatten(1, 2), flat_bank).view(shape)
     if source is not None:
-        value = torch.where(((source == KEEP) | (source <= ADD))[..., None, None], value, 0)
+        value = torch.where(is_read(source)[..., None, None], value, 0)
     return value
+
+
+def is_read(source: Tensor) -> Tensor:
+    """Which positions the projection reads, bool ``[B, M]``: those it keeps, adds to, or copies from themselves."""
+    own = torch.arange(source.shape[0], device=source.device)[:, None]
+    return (source == KEEP) | (source <= ADD) | (source == own)
 
 
 def _fake(q: Tensor, *_: object, **__: object) -> Tensor:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common import ADD, KEEP, ZERO
+from ..restoring import is_read
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def attention_restore_kernel(
     m_needed = m_m
     if source is not None:
         b_code = tl.load(source + row * s_sb + o_m.to(tl.int64) * s_sm, mask=m_m, other=ZERO)
-        m_needed = (b_code == KEEP) | (b_code <= ADD)
+        m_needed = is_read(b_code, row.to(tl.int32), B)
     p_out = out + ((row * M + o_m) * H + head)[:, None] * D
 
     if head_source is None:

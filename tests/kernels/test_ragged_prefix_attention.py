@@ -131,4 +131,5 @@ def test_wrong_shapes_and_layouts_are_named():
 
 
 def test_registration_is_sound():
-    torch.library.opcheck(torch.ops.fasttrace.ragged_prefix_attention.default, tuple(inputs([2, 3], 5, 2, 8)))
+    op, arguments = torch.ops.fasttrace.ragged_prefix_attention.default, tuple(inputs([2, 3], 5, 2, 8))
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
