@@ -96,5 +96,6 @@ def apply_patch(value: Tensor, patch: Patch, source_value: Tensor | None) -> Ten
 
 def nan_rows(values: Tensor) -> list[int]:
     """Indices along the first dimension whose values are not all finite."""
-    flat = values.reshape(values.shape[0], -1)
-    return torch.nonzero(~torch.isfinite(flat).all(dim=1)).flatten().tolist() if flat.numel() else []
+    if not values.numel():
+        return []
+    return torch.nonzero(~torch.isfinite(values.flatten(1)).all(dim=1)).flatten().tolist()
