@@ -185,8 +185,9 @@ def _position_sets(
         return list(asked.sets) if asked.sets is not None and not isinstance(asked.sets[0], str) else [None]
     if asked.sets is not None:
         return list(asked.sets)
-    length = min(len(one.ids) for part, one in tokens.items() if part in site_set.part.split("+"))
-    return [(position,) for position in range(length)]
+    read = [one for part, one in tokens.items() if part in site_set.part.split("+")]
+    stop = min(one.eos + 1 if asked.each == "tokens" else len(one.ids) for one in read)
+    return [(position,) for position in range(stop)]
 
 
 def _resolve(where: str | tuple[int, ...] | None, prompt: Prompt, tokens: TokenizedPrompt) -> tuple[int, ...] | None:

@@ -115,11 +115,17 @@ def _windows(sites: Sequence[Site], width: int) -> tuple[SiteSet, ...]:
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions that are patched: ``None`` by default, ``"each"``, or one element for each run: a role or indices."""
+    """Positions that are patched.
+
+    Attributes:
+        given: as the study has them.
+        sets: one element for each run: a role or indices; ``None`` for the default of each kind of site.
+        each: ``"each"`` for every token in turn, ``"tokens"`` for those up to the end of text; else empty.
+    """
 
     given: Any
     sets: tuple[str | tuple[int, ...], ...] | None
-    each: bool = False
+    each: str = ""
 
     def check(self, has_text: bool, has_unet: bool) -> None:
         """Refuse positions that the chosen sites cannot take."""
@@ -146,8 +152,8 @@ def parse_positions(given: Any) -> Positions:
     """
     if given is None:
         return Positions(given, None)
-    if isinstance(given, str) and given == "each":
-        return Positions(given, None, each=True)
+    if isinstance(given, str) and given in ("each", "tokens"):
+        return Positions(given, None, each=given)
     elements = [given] if isinstance(given, str) else list(given)
     if all(_is_index(element) for element in elements):
         return Positions(given, (tuple(int(element) for element in elements),))
@@ -155,7 +161,9 @@ def parse_positions(given: Any) -> Positions:
     for element in elements:
         if isinstance(element, str):
             if element not in (*ROLES, "all"):
-                raise StudyError(f"positions has {element!r}: expected each, all, {', '.join(ROLES)}, or indices")
+                raise StudyError(
+                    f"positions has {element!r}: expected each, tokens, all, {', '.join(ROLES)}, or indices"
+                )
             sets.append(element)
         elif _is_index(element):
             sets.append((int(element),))

@@ -5,8 +5,9 @@ argument       what it may be
 =============  ======================================================================================================
 ``sites``      ``"unet"``, ``"text"``, ``"all"``, names or globs: one run each. A tuple of those: one run for all of it
 ``windows``    how many adjacent layers of one kind a run patches together
-``positions``  text sites: ``"each"`` token in turn (the default), ``"all"``, a token role, indices (one set), or a list
-               of roles and sets (one run each). UNet sites: the whole map, or one set of pixels
+``positions``  text sites: ``"each"`` token in turn (the default), ``"tokens"`` (each up to the end of text), ``"all"``,
+               a token role, indices (one set), or a list of roles and sets (one run each).
+               UNet sites: the whole map, or one set of pixels
 ``steps``      ``None`` for all, indices (one set), a list of sets (a grid), ``"each"``, ``{"width": 5, "stride": 5}``;
                UNet sites only
 ``base``       ``"corrupted"`` (restoring) or ``"clean"`` (noising)
