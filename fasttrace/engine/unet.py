@@ -14,6 +14,9 @@ from ..patch import PatchSet
 from .unet_request import PROTOCOLS, Added, UNetRequest, site_resolution, unet_request
 from .values import nan_rows
 
+MOST_GROUPS = 8
+"""Requests that take their steps together: more fill no batch better, and delay the first trace."""
+
 __all__ = [
     "PROTOCOLS",
     "Added",
@@ -179,10 +182,37 @@ def trace_unet_many(
         engine: ``"fast"`` or ``"oracle"``.
         progress: called after each UNet call with the number of rows it had.
     """
+    told = progress or (lambda rows: None)
+    for group in _batches(requests) if engine == "fast" else [[request] for request in requests]:
+        if engine != "fast":
+            yield run_request(group[0], engine)
+            told(plan_summary(group).rows)
+            continue
+        from .lockstep import trace_groups
+
+        with torch.no_grad():
+            outputs = trace_groups(group, told)
+        for request, output in zip(group, outputs, strict=True):
+            trace = UNetTrace(*output)
+            _check_finite(trace, request)
+            yield trace
+
+
+def _batches(requests: Sequence[UNetRequest]) -> list[list[UNetRequest]]:
+    """Neighbours that can take their steps together."""
+
+    def shared(request: UNetRequest) -> tuple[Any, ...]:
+        lengths = (request.latents.shape, request.conditions["clean"].embeds.shape, request.branches)
+        options = (request.protocol, request.eta, request.max_batch, request.compile, request.dtype)
+        return (id(request.pipe), request.num_inference_steps, request.guidance_scale, *lengths, *options)
+
+    batches: list[list[UNetRequest]] = []
     for request in requests:
-        yield run_request(request, engine)
-        if progress is not None:
-            progress(plan_summary([request]).rows)
+        if batches and shared(batches[-1][0]) == shared(request) and len(batches[-1]) < MOST_GROUPS:
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
 
 
 def plan_summary(requests: Sequence[UNetRequest]) -> UNetPlanSummary:
