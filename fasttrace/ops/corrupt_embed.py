@@ -8,11 +8,13 @@ The noise is that of ``fasttrace.corruption``: a draw depends on seed, noise sam
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..corruption import philox_normal
 from ..errors import KernelError
 from ._register import Op, triton_launcher
+from .philox import philox_normals
 
 
 def reference(
@@ -40,6 +42,19 @@ def reference(
         if len(corrupted) and sigma[row] != 0:
             noise = philox_normal(int(seed[row]), int(sample[row]), corrupted, table.shape[1])
             words[row, corrupted.to(words.device)] += sigma[row].to(wide) * noise.to(words)
+    return (words + positions[: ids.shape[1]].to(wide)).to(table.dtype)
+
+
+def embed_torch(
+    ids: Tensor, table: Tensor, positions: Tensor, mask: Tensor, sigma: Tensor, sample: Tensor, seed: Tensor
+) -> Tensor:
+    """The same in torch on any device, all noise drawn at once; asks the device how many tokens are corrupted."""
+    check_embed(ids, table, positions, mask, sigma, sample, seed)
+    wide = torch.promote_types(table.dtype, torch.float32)
+    words = F.embedding(ids.long(), table).to(wide)
+    row, token = (mask & (sigma != 0)[:, None]).nonzero(as_tuple=True)
+    noise = philox_normals(seed[row], sample[row], token, table.shape[1])
+    words[row, token] += sigma[row, None].to(wide) * noise.to(wide)
     return (words + positions[: ids.shape[1]].to(wide)).to(table.dtype)
 
 
@@ -76,7 +91,6 @@ corrupt_embed = Op(
     "(Tensor ids, Tensor table, Tensor positions, Tensor mask, Tensor sigma, Tensor sample, Tensor seed) -> Tensor",
     reference=reference,
     fake=_fake,
-    implementations={"triton": triton_launcher("corrupt_embed")},
+    implementations={"torch": embed_torch, "triton": triton_launcher("corrupt_embed")},
     shape_class=_shape_class,
-    safe="reference",
 )

@@ -103,6 +103,17 @@ def test_reference_adds_the_noise_of_the_corruption():
         assert (out[row] - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 64])
+def test_torch_matches_the_reference(width, dtype, assert_close):
+    arguments = inputs(9, 5, width, dtype)
+    arguments[4][3] = 0
+    ratio = {torch.float64: 2e-7, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert_close(corrupt_embed(*arguments), truth(arguments), ratio)
+    arguments[3][:] = False
+    assert_close(corrupt_embed(*arguments), truth(arguments), ratio)
+
+
 @pytest.mark.parametrize(("index", "shape"), [(2, (2, 8)), (3, (1, 3)), (4, (1,)), (5, (3,)), (6, ())])
 def test_wrong_shapes_are_named(index, shape):
     arguments = inputs(2, 3, 8, torch.float32)

@@ -1,0 +1,82 @@
+"""The GPU benchmark as far as a CPU carries it: contenders agree at toy shapes, winners are picked right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.gpu.choose import winners
+from bench.gpu.clock import Ceilings
+from bench.gpu.measure import cases, is_ours, judge, ops, rows
+
+TOYS = [case for op in ops() for case in cases(op, toy=True)]
+NEEDS_GPU = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
+
+
+@pytest.mark.parametrize("case", TOYS, ids=[f"{case.op}-{case.shape}" for case in TOYS])
+def test_contenders_agree(case):
+    with torch.device("cpu"), torch.no_grad():
+        contenders = case.contenders()
+        on_cpu = {
+            name: run
+            for name, run in contenders.items()
+            if not is_ours(name) and name not in NEEDS_GPU and "compile" not in name
+        }
+        verdicts = judge(case, on_cpu)
+    assert {"reference", "triton"} <= contenders.keys() or {"reference", "cuda"} <= contenders.keys()
+    assert verdicts
+    assert not any(verdicts.values()), verdicts
+
+
+@pytest.mark.parametrize("op", ops())
+def test_true_shapes_have_work_and_a_bound(op):
+    for case in cases(op):
+        assert case.op == op
+        assert case.bytes > 0
+        assert case.bound in ("compute", "memory")
+        assert case.flops > 0 or case.bound == "memory"
+
+
+def test_a_contender_that_differs_or_raises_is_not_timed():
+    case = cases("attention_restore", toy=True)[0]
+    value = torch.ones(3)
+
+    def broken() -> torch.Tensor:
+        raise RuntimeError("no such device\nand a long story")
+
+    verdicts = judge(
+        case, {"reference": lambda: value, "torch": lambda: value, "sdpa": lambda: 2 * value, "triton": broken}
+    )
+    assert verdicts["torch"] == ""
+    assert verdicts["sdpa"].startswith("differs by 1.00e+00")
+    assert verdicts["triton"] == "cannot run: no such device"
+    table = rows(case, {"torch": 2e-6}, verdicts, Ceilings(flops=1e12, bytes=1e12))
+    assert [row.get("time_us") for row in table] == ["2.00", None, None]
+    assert table[0]["ratio_to_best_rival"] == "1.000"
+
+
+def test_the_fastest_implementation_over_all_shapes_of_a_class_wins():
+    def row(shape, contender, time_us, status="ok"):
+        names = {"op": "geglu", "shape_class": "wide", "shape": shape, "contender": contender}
+        return {**names, "time_us": str(time_us), "status": status}
+
+    measured = [
+        *(row("a", name, t) for name, t in (("torch", 10), ("triton", 5), ("compile", 1), ("triton 64x64", 1))),
+        *(row("b", name, t) for name, t in (("torch", 10), ("triton", 30), ("cuda", 1))),
+        row("a", "cuda", "", "differs by 1"),
+    ]
+    (won,) = winners(measured, {"geglu": ("reference", "torch", "triton", "cuda")})
+    assert (won["implementation"], won["rival"]) == ("torch", "triton")
+    (won,) = winners([*measured, row("b", "triton", 6)], {"geglu": ("torch", "triton")})
+    assert (won["implementation"], won["time_us"]) == ("triton", "5.48")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the stages would run")
+def test_without_a_gpu_it_says_what_it_would_run_and_why_it_stops():
+    done = subprocess.run([sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, check=True)
+    assert "tests: python -m pytest -m gpu" in done.stdout
+    assert all(f"{op}: python -m bench.gpu.measure {op}" in done.stdout for op in ops())
+    assert "sees no NVIDIA GPU" in done.stdout
