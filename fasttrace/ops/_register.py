@@ -8,6 +8,7 @@ as ``torch.ops.fasttrace.<name>`` with its reference on the CPU, the chosen impl
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -27,7 +28,8 @@ def triton_launcher(name: str) -> Implementation:
     """The launcher of ``kernels/<name>``, imported at its first call: Triton is optional.
 
     Raises:
-        KernelError: at the call, if Triton cannot be imported, or the launcher refuses its arguments (``ValueError``).
+        KernelError: at the call, if Triton cannot be imported, the operands are on a CPU and Triton does not interpret,
+            or the launcher refuses its arguments (``ValueError``).
     """
 
     @cache
@@ -44,6 +46,11 @@ def triton_launcher(name: str) -> Implementation:
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         launcher = load()
+        if architecture(args[0]) is None and os.environ.get("TRITON_INTERPRET") != "1":
+            raise KernelError(
+                f"{name}: Triton kernels need an NVIDIA GPU and the operands are on the CPU; move them, choose "
+                f"implementation='torch', or start Python with TRITON_INTERPRET=1 to interpret the kernel, slowly"
+            )
         try:
             return launcher(*args, **kwargs)
         except ValueError as error:

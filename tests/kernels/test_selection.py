@@ -12,6 +12,7 @@ import torch
 from fasttrace.errors import KernelError
 from fasttrace.ops import selection
 from fasttrace.ops._register import Op, architecture, triton_launcher
+from fasttrace.ops.attention_restore import attention_restore
 from fasttrace.ops.selection import choose, measured, parse_override
 
 HAS = ("reference", "torch", "triton")
@@ -82,6 +83,17 @@ def test_an_op_runs_its_choice_directly_and_through_the_dispatcher(doubling, mon
     monkeypatch.setenv(selection.ENVIRONMENT, "test_doubling=triton")
     with pytest.raises(KernelError, match="cannot be imported"):
         doubling(x)
+
+
+def test_triton_on_a_cpu_says_what_to_do(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fasttrace[triton]'")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(KernelError, match="need an NVIDIA GPU"):
+        attention_restore(q, q, q, implementation="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(KernelError, match=r"attention_restore: head dimension 168: .* choose another implementation"):
+        attention_restore(*[torch.zeros(1, 2, 1, 168)] * 3, implementation="triton")
 
 
 def test_the_architecture_of_operands_on_a_cpu():
