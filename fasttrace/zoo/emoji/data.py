@@ -135,6 +135,7 @@ def held_out_pairs() -> dict[tuple[str, str], frozenset[tuple[int, int]]]:
         number = max(1, SIZES[0] * size // 24)
         values = itertools.cycle(rng.sample(range(size), size))
         pairs["object", name] = frozenset((next(objects), next(values)) for _ in range(number))
+    pairs["object", "pose"] = frozenset(pair for pair in pairs["object", "pose"] if pair[1])  # upright ones stay
     for (a, b), (value, other) in _HELD_OUT.items():
         pairs[a, b] = frozenset({(ATTRIBUTES[a].index(value), ATTRIBUTES[b].index(other))})
     return pairs
@@ -194,7 +195,12 @@ def layouts(scene: Scene) -> int:
 
 @cache
 def _atlas() -> NDArray[np.float32]:
-    return np.asarray(Image.open(HERE / "atlas.png").convert("RGBA"), dtype=np.float32) / 255
+    rgba = np.asarray(Image.open(HERE / "atlas.png").convert("RGBA"))
+    return rgba.astype(np.float32) / np.float32(255)
+
+
+def _unit(rgb: tuple[int, int, int]) -> NDArray[np.float32]:
+    return np.asarray(rgb, np.float32) / np.float32(255)
 
 
 @cache
@@ -204,7 +210,7 @@ def _sprite(obj: int, style: int, colour: int, pose: int, side: int) -> NDArray[
     x = (large + small) * style + (0 if side == large else large)
     rgba = _atlas()[large * obj : large * obj + side, x : x + side].copy()
     if colour:
-        rgba[..., :3] = _tint(rgba, np.asarray(TINTS[ATTRIBUTES["colour"][colour]], np.float32) / 255)
+        rgba[..., :3] = _tint(rgba, _unit(TINTS[ATTRIBUTES["colour"][colour]]))
     return rgba[::-1, ::-1] if pose else rgba
 
 
@@ -216,14 +222,16 @@ def _tint(rgba: NDArray[np.float32], tint: NDArray[np.float32]) -> NDArray[np.fl
     light = rgba[..., :3] @ np.asarray((0.299, 0.587, 0.114), np.float32)
     low, high = np.percentile(light[rgba[..., 3] > 0.5], (5, 95))
     level = np.clip((light - low) / max(high - low, 0.1), 0, 1)[..., None] * 0.6 + 0.2
-    return np.where(level < 0.5, tint * (0.4 + 1.2 * level), tint + (1 - tint) * (level - 0.5) * 1.8)
+    shaded = np.where(level < 0.5, tint * (0.4 + 1.2 * level), tint + (1 - tint) * (level - 0.5) * 1.8)
+    out: NDArray[np.float32] = shaded.astype(np.float32)
+    return out
 
 
 def render(scene: Scene, layout: int = 0) -> NDArray[np.uint8]:
     """The picture, [64, 64, 3]."""
     count = ATTRIBUTES["count"][scene.count]
     picture = np.empty((SIDE, SIDE, 3), np.float32)
-    picture[:] = np.asarray(GROUNDS[ATTRIBUTES["background"][scene.background]], np.float32) / 255
+    picture[:] = _unit(GROUNDS[ATTRIBUTES["background"][scene.background]])
     side = _TABLE["sizes"][0 if count == "one" else 1]
     sprite = _sprite(scene.object, scene.style, scene.colour, scene.pose, side)
     alpha = sprite[..., 3:]

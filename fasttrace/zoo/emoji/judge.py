@@ -87,7 +87,7 @@ def split() -> tuple[list[Scene], list[Scene]]:
 def train(work: Path, minutes: float, *, resume: bool = False, batch: int = 64, max_steps: int | None = None) -> Judge:
     """Train on renderings, shifted, blurred and noised a little."""
     torch.manual_seed(0)
-    model = Judge().train().to(memory_format=torch.channels_last)
+    model = Judge().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     loop = Loop("judge", model, optimizer, work, minutes, resume=resume, decay=0.99, max_steps=max_steps)
     rng = random.Random(loop.step)

@@ -89,7 +89,7 @@ def train(
 ) -> Any:
     """Train the towers, from ``start`` or from nothing, and return the ``CLIPModel``.
 
-    With ``image_only`` the text tower is kept as it is, for a denoiser has learnt to read it.
+    With ``image_only`` the text tower up to its projection is kept as it is, for a denoiser has learnt to read it.
     """
     torch.manual_seed(0)
     clip = start or architecture.clip(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -97,11 +97,10 @@ def train(
     model = Towers(clip.requires_grad_(True)).train()
     if image_only:
         clip.text_model.requires_grad_(False)
-        clip.text_projection.requires_grad_(False)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tables = [p for name, p in named if "embedding" in name and p.ndim == 2]
     others = [p for name, p in named if not ("embedding" in name and p.ndim == 2)]
-    groups = [{"params": tables, "orthogonal": False}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": tables, "orthogonal": False}, {"params": others}]
     optimizer = Muon([group for group in groups if group["params"]], lr=1e-3, weight_decay=0.05)
     loop = Loop("scorer", model, optimizer, work, minutes, resume=resume, decay=0.995, max_steps=max_steps)
     rng = random.Random(loop.step)

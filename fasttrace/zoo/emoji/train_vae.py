@@ -78,7 +78,7 @@ def centre(model: Any, images: Tensor) -> None:
 
     The posterior's own spread, which training does not use, is set to next to nothing: encoding is deterministic.
     """
-    latents = torch.cat([model.encode(part).latent_dist.mean for part in images.split(50)])
+    latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(images, 50)])
     mean = latents.mean(dim=(0, 2, 3))
     model.quant_conv.bias[: len(mean)] -= mean
     model.quant_conv.weight[len(mean) :] = 0

@@ -1,0 +1,259 @@
+"""Measure the packaged model: ``python -m fasttrace.zoo.emoji.evaluate [--out DIR]``.
+
+Every number carries a 95% interval: Wilson's for shares, on pictures of captions whose combination of attributes was
+held out of training. The judge reads the pictures; how well it reads renderings that it has not seen stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from . import judge as judging
+from . import model
+from .data import (
+    ATTRIBUTES,
+    FULL_TEMPLATES,
+    NAMES,
+    NO_COLOUR,
+    SIZES,
+    Caption,
+    Scene,
+    broken_pairs,
+    caption,
+    held_out_scenes,
+    layouts,
+    render_all,
+    training_scenes,
+)
+from .training import replace_text
+
+BARS = {"object": 0.85, "style": 0.85, "colour": 0.90, "count": 0.80, "background": 0.95, "pose": 0.80}
+SCALES = (1, 3, 10, 30)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made; seeds are the pictures' numbers."""
+
+    steps: int = 20
+    guidance: float = 3.0
+    batch: int = 50
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927)."""
+    z, share = 1.959964, right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return middle - half, middle + half
+
+
+def choose(scenes: Sequence[Scene], number: int, seed: int = 0) -> list[tuple[Scene, Caption]]:
+    """Random scenes without repetition, each with a caption in one of the templates that name every attribute."""
+    rng = random.Random(seed)
+    return [(scene, caption(scene, rng.randrange(FULL_TEMPLATES))) for scene in rng.sample(list(scenes), number)]
+
+
+@torch.no_grad()
+def text_states(pipe: Any, texts: Sequence[str]) -> Tensor:
+    """[B, 24, 128]."""
+    ids = pipe.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    states: Tensor = pipe.text_encoder(ids.to(pipe.device))[0]
+    return states
+
+
+@torch.no_grad()
+def generate(pipe: Any, states: Tensor, seeds: Sequence[int], settings: Settings) -> Tensor:
+    """Pictures [B, 3, 64, 64] in [0, 1] of text states [B, 24, 128]."""
+    empty = text_states(pipe, [""])
+    parts = []
+    for start in tqdm(range(0, len(states), settings.batch), desc="pictures", leave=False):
+        part = states[start : start + settings.batch]
+        parts.append(
+            pipe(
+                prompt_embeds=part,
+                negative_prompt_embeds=empty.expand(len(part), -1, -1),
+                generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + settings.batch]],
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                output_type="pt",
+            ).images.float()
+        )
+    return torch.cat(parts)
+
+
+def labels_of(scenes: Sequence[Scene]) -> Tensor:
+    return torch.tensor([scene.labels for scene in scenes])
+
+
+def attribute_table(reader: judging.Judge, images: Tensor, scenes: Sequence[Scene]) -> dict[str, tuple[int, int]]:
+    """Per attribute, the pictures of which the judge reads what the caption says, and all pictures."""
+    right = (reader.labels(images) == labels_of(scenes)).sum(0).tolist()
+    return {name: (right[i], len(scenes)) for i, name in enumerate(NAMES)}
+
+
+def other_value(scene: Scene, attribute: str, rng: random.Random) -> Scene:
+    """The scene with one attribute changed; a colour never to or from none, so that captions differ in one word."""
+    here = scene.labels[NAMES.index(attribute)]
+    values = [i for i, value in enumerate(ATTRIBUTES[attribute]) if i != here and value != NO_COLOUR]
+    return scene.change(attribute, rng.choice(values))
+
+
+def clip_preference(scorer: model.Scorer, number: int, seed: int = 0) -> dict[str, tuple[int, int]]:
+    """On held-out renderings: how often the right caption scores above one with a single attribute changed."""
+    rng = random.Random(seed)
+    found = {}
+    for name in NAMES:
+        pool = [s for s in held_out_scenes() if name != "colour" or s.values["colour"] != NO_COLOUR]
+        scenes = rng.sample(pool, number)
+        images = torch.from_numpy(render_all(scenes, [rng.randrange(layouts(scene)) for scene in scenes]))
+        pictures = scorer.image_features(images.permute(0, 3, 1, 2).float() / 255)
+        template = [rng.randrange(FULL_TEMPLATES) for _ in scenes]
+        right = scorer.text_features([caption(s, t).text for s, t in zip(scenes, template, strict=True)])
+        changed = [caption(other_value(s, name, rng), t).text for s, t in zip(scenes, template, strict=True)]
+        wrong = scorer.text_features(changed)
+        found[name] = (int(((pictures * right).sum(-1) > (pictures * wrong).sum(-1)).sum()), number)
+    return found
+
+
+def noise_matrix(
+    pipe: Any, reader: judging.Judge, number: int, settings: Settings, scales: Sequence[float] = SCALES
+) -> dict[str, dict[str, list[float]]]:
+    """Scale to noised attribute to the share of pictures in which each attribute is still read as the caption says.
+
+    Row ``none`` is without noise. Every scene has a colour, so that there is a word to noise; the seeds are the same
+    in every row. The share that guessing would reach is in row ``chance``.
+    """
+    from ...corruption import GaussianNoise
+    from ...engine.text import trace_text
+    from ...prompts import Prompt
+
+    pool = [scene for scene in held_out_scenes() if scene.values["colour"] != NO_COLOUR]
+    chosen = choose(pool, number, seed=1)
+    target = labels_of([scene for scene, _ in chosen])
+    table = pipe.text_encoder.get_input_embeddings().weight
+
+    def read(states: Tensor) -> list[float]:
+        images = generate(pipe, states, range(number), settings)
+        return (reader.labels(images) == target).float().mean(0).tolist()
+
+    clean = read(text_states(pipe, [said.text for _, said in chosen]))
+    chance = [1 / size for size in SIZES]
+    found: dict[str, dict[str, list[float]]] = {}
+    for scale in scales:
+        rows = {"none": clean, "chance": chance}
+        for name in NAMES:
+            prompts = [
+                Prompt(said.text, said.words[name], attribute=name).tokenize(pipe.tokenizer) for _, said in chosen
+            ]
+            noise = GaussianNoise(f"{scale:g}x")
+            sigma = noise.resolve(table, [prompt.ids[i] for prompt in prompts for i in prompt.subject])
+            states = []
+            for k, prompt in enumerate(prompts):
+                drawn = noise.draw(sigma, k, len(prompt.ids), prompt.subject, table.shape[1])
+                states.append(trace_text(pipe.text_encoder, prompt.ids, [], drawn).corrupted)
+            rows[name] = read(torch.stack(states))
+        found[f"{scale:g}x"] = rows
+    return found
+
+
+def contact_sheet(images: Tensor, captions: Sequence[str], path: Path, columns: int = 6, zoom: int = 2) -> None:
+    """A grid of pictures with their captions under them, PNG."""
+    side, line = 64 * zoom, 11
+    width = side + 24
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * (side + 5 * line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * width, i // columns * (side + 5 * line)
+        pixels = (image.permute(1, 2, 0).cpu().numpy() * 255 + 0.5).astype(np.uint8)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x + 12, y + 2))
+        for k, part in enumerate(_wrap(text, 25)[:4]):
+            pen.text((x + 12, y + side + 3 + k * line), part, fill="black")
+    sheet.save(path, optimize=True)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width)
+
+
+def report(found: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+    lines = [
+        "| attribute | pictures, held out | 95% | bar | pictures, trained on | judge on renderings | "
+        "CLIP prefers the right caption |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in NAMES:
+        share = {key: found[key][name][0] / found[key][name][1] for key in ("held_out", "trained", "judge", "clip")}
+        low, high = wilson(*found["held_out"][name])
+        lines.append(
+            f"| {name} | {share['held_out']:.1%} | {low:.1%} to {high:.1%} | {BARS[name]:.0%} | {share['trained']:.1%} "
+            f"| {share['judge']:.1%} | {share['clip']:.1%} |"
+        )
+    for scale, rows in found.get("noise", {}).items():
+        lines += ["", f"| noise {scale} on | " + " | ".join(f"{name} read" for name in NAMES) + " |"]
+        lines.append("|---|" + "---|" * len(NAMES))
+        lines += [f"| {row} | " + " | ".join(f"{share:.0%}" for share in shares) + " |" for row, shares in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("emoji-evaluation"))
+    parser.add_argument("--weights", type=Path, default=model.WEIGHTS)
+    parser.add_argument("--pictures", type=int, default=504, help="held-out captions (default 504)")
+    parser.add_argument("--noise-pictures", type=int, default=60, help="pictures a cell of the noise matrix; 0: none")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--guidance", type=float, default=Settings.guidance)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    settings = Settings(arguments.steps, arguments.guidance)
+    pipe = model.load(folder=arguments.weights)
+    reader = judging.load_judge(pipe.device, folder=arguments.weights)
+    scorer = model.load_scorer(folder=arguments.weights)
+
+    def pictures(pool: Sequence[Scene], number: int) -> tuple[list[Scene], list[str], Tensor]:
+        chosen = choose(pool, number)
+        texts = [said.text for _, said in chosen]
+        return [scene for scene, _ in chosen], texts, generate(pipe, text_states(pipe, texts), range(number), settings)
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    scenes, texts, images = pictures(held_out_scenes(), arguments.pictures)
+    contact_sheet(images[:48], texts[:48], arguments.out / "contact_sheet.png")
+    known_scenes, _, known = pictures(training_scenes(), max(1, arguments.pictures // 2))
+    unseen = [i for i, scene in enumerate(scenes) if ("object", "style") in broken_pairs(scene)]
+    found: dict[str, Any] = {
+        "settings": {"steps": settings.steps, "guidance": settings.guidance},
+        "held_out": attribute_table(reader, images, scenes),
+        "trained": attribute_table(reader, known, known_scenes),
+        "judge": judging.accuracy(reader, judging.split()[1]),
+        "clip": clip_preference(scorer, min(1000, 2 * arguments.pictures)),
+    }
+    if unseen:
+        found["object_never_in_style"] = attribute_table(reader, images[unseen], [scenes[i] for i in unseen])
+    if arguments.noise_pictures:
+        found["noise"] = noise_matrix(pipe, reader, arguments.noise_pictures, settings)
+    replace_text(arguments.out / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    print(report(found))
+    print(f"contact sheet and evaluation.json in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
