@@ -21,6 +21,10 @@ PARTS = (*TEXT_PARTS, "unet")
 _TEXT_LAYERS = {
     "CLIPEncoderLayer": ("self_attn", "mlp"),
     "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
+    "GPT2Block": ("attn", "mlp"),
+    "LlamaDecoderLayer": ("self_attn", "mlp"),
+    "Qwen2DecoderLayer": ("self_attn", "mlp"),
+    "Qwen3DecoderLayer": ("self_attn", "mlp"),
 }
 _UNET_HIDDEN_CLASSES = ("BasicTransformerBlock", "Transformer2DModel")
 
@@ -31,7 +35,7 @@ class Site:
 
     Attributes:
         name: dotted path in the pipeline without ``text_model.``; the same in every version of transformers.
-        part: ``"text_encoder"``, ``"text_encoder_2"`` or ``"unet"``.
+        part: ``"text_encoder"``, ``"text_encoder_2"``, ``"unet"``, or ``"model"`` for a language model by itself.
         kind: ``"resnet"``, ``"self_attn"``, ``"cross_attn"``, ``"mlp"`` or ``"hidden"``.
         layer: text encoders: the layer's number; UNet: the position among the sites of its kind, in execution order.
         module: the module itself. The site's value is what a forward hook on it sees, first element if a tuple.
@@ -49,15 +53,17 @@ def discover_sites(pipe: Any) -> list[Site]:
 
     Text encoders give ``self_attn``, ``mlp`` and ``hidden`` for each layer; a UNet gives ``resnet``, ``self_attn``,
     ``cross_attn`` and ``mlp`` (70 for SD1.x and SD2.x, 227 for SDXL). Whole transformer blocks and attention blocks of
-    the UNet are not listed, but `find_site` takes them by name.
+    the UNet are not listed, but `find_site` takes them by name. A language model may stand in for the pipeline: its
+    sites are named by their paths in it (``model.layers.0.self_attn``, ``transformer.h.0.attn``).
 
     Raises:
         ModelError: nothing in the pipeline is of a class that is known.
     """
+    parts = ("model",) if isinstance(pipe, nn.Module) else PARTS
     sites = [
         site
-        for part in PARTS
-        if isinstance(module := getattr(pipe, part, None), nn.Module)
+        for part in parts
+        if isinstance(module := pipe if part == "model" else getattr(pipe, part, None), nn.Module)
         for site in part_sites(module, part)
     ]
     if not sites:
@@ -130,7 +136,7 @@ def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
         children = _TEXT_LAYERS.get(type(module).__name__)
         if children is None:
             continue
-        name = f"{part}.{canonical_path(path)}"
+        name = path if part == "model" else f"{part}.{canonical_path(path)}"
         for kind, child in zip(("self_attn", "mlp"), children, strict=True):
             yield Site(f"{name}.{child}", part, kind, layer, module.get_submodule(child))
         yield Site(name, part, "hidden", layer, module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..patch import Patch
 from ..pipeline import Condition
+from .decoder import text_body, word_embedding
 from .text import TextRequest, encoder_path
 from .trajectory import Trajectories
 from .unet import UNetRequest
@@ -61,7 +62,7 @@ def _text_run(
     encoder, values = request.encoder, {}
     pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
     if noise is not None:
-        pairs.append((encoder.get_input_embeddings(), lambda module, args, output: output + noise))
+        pairs.append((word_embedding(encoder), lambda module, args, output: output + noise))
     for name in record:
 
         def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
@@ -79,7 +80,7 @@ def _text_run(
         pairs.append((request.site_of(patch).module, overwrite))
     with hooks(pairs), _last_layer_input(request) as seen:
         mask = None if request.attention_mask is None else request.attention_mask[None]
-        result = encoder(input_ids=ids[None], attention_mask=mask)
+        result = text_body(encoder)(input_ids=ids[None], attention_mask=mask)
     if request.output == "penultimate":
         return seen[0][0], values
     if request.output == "pooled":

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, NumericsError, PatchError, SiteError
 from ..patch import Patch, PatchSet, as_runs
 from ..sites import TEXT_PARTS, Site, canonical_path, part_sites
+from .decoder import SUPPORTED, is_supported, word_embedding
 from .values import nan_rows
 
 Output = Literal["last", "penultimate", "pooled"]
@@ -48,6 +49,8 @@ class TextRequest:
         sources: token ids ``[T]`` of further source prompts, by name.
         output: what is returned.
         attention_mask: ``[T]``, 0 for padding that must not be read, or ``None``.
+        depth: number of layers that run.
+        column: the only token that is returned, or ``None`` for all.
     """
 
     encoder: Any
@@ -59,6 +62,8 @@ class TextRequest:
     sources: dict[str, Tensor]
     output: str
     attention_mask: Tensor | None
+    depth: int
+    column: int | None
 
     def site_of(self, patch: Patch) -> Site:
         return self.sites[encoder_path(patch.site)]
@@ -85,7 +90,8 @@ def trace_text(
     """Run a text encoder clean, corrupted, and once for each element of ``patches``.
 
     Args:
-        encoder: ``CLIPTextModel``, ``CLIPTextModelWithProjection`` or ``T5EncoderModel``.
+        encoder: ``CLIPTextModel``, ``CLIPTextModelWithProjection``, ``T5EncoderModel``, or a language model of the
+            GPT-2, Llama, Qwen2 or Qwen3 family, whose hidden states are returned.
         input_ids: token ids ``[T]``.
         patches: one run each: a `Patch`, or a tuple of them, applied in order.
         noise: ``[T, D]`` or ``[S, T, D]``, added to the word embeddings of the corrupted run.
@@ -142,17 +148,14 @@ def _request(
     output: str,
     attention_mask: Tensor | Sequence[int] | None,
 ) -> TextRequest:
+    if not is_supported(encoder):
+        raise ModelError(f"{type(encoder).__name__} is not supported: expected {SUPPORTED}")
     sites = {encoder_path(site.name): site for site in part_sites(encoder, "text_encoder")}
-    if not sites:
-        raise ModelError(
-            f"{type(encoder).__name__} is not supported: expected CLIPTextModel, CLIPTextModelWithProjection or "
-            "T5EncoderModel"
-        )
     if output not in OUTPUTS:
         raise ModelError(f"output={output!r}: expected one of {', '.join(OUTPUTS)}")
     if base not in BASES:
         raise PatchError(f"base={base!r}: expected one of {', '.join(BASES)}")
-    embedding = encoder.get_input_embeddings().weight
+    embedding = word_embedding(encoder).weight
     ids = torch.as_tensor(input_ids, device=embedding.device).long()
     if ids.ndim != 1 or ids.shape[0] == 0:
         raise PatchError(f"input_ids has shape {list(ids.shape)}: expected [T], one prompt")
@@ -163,6 +166,8 @@ def _request(
     if not isinstance(noise, Tensor) or noise.ndim not in (2, 3) or noise.shape[-2:] != (length, width):
         shape = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
         raise PatchError(f"noise has shape {shape}: expected [{length}, {width}] or [S, {length}, {width}]")
+    depth = len([site for site in sites.values() if site.kind == "hidden"]) - (output == "penultimate")
+    column = _pooled_column(encoder, ids) if output == "pooled" else None
     named = {name: torch.as_tensor(value, device=embedding.device).long() for name, value in (sources or {}).items()}
     for name, value in named.items():
         if name in ("clean", "corrupted"):
@@ -182,4 +187,13 @@ def _request(
             raise PatchError(f"{patch.site}: branch={patch.branch!r}, but a text encoder has no guidance branches")
         patch.within(length, None, {"clean", "corrupted", *named})
     samples = noise.to(embedding) if noise.ndim == 3 else noise.to(embedding)[None]
-    return TextRequest(encoder, ids, samples, runs, sites, base, named, output, mask)
+    return TextRequest(encoder, ids, samples, runs, sites, base, named, output, mask, depth, column)
+
+
+def _pooled_column(encoder: Any, ids: Tensor) -> int:
+    """The token whose state CLIP pools: the first end of text, as transformers finds it."""
+    eos = getattr(getattr(encoder, "text_model", encoder), "eos_token_id", None)
+    if eos is None:
+        raise ModelError(f'{type(encoder).__name__} has no pooled output: use output="last" or "penultimate"')
+    # Configurations from before transformers 4.31 say 2, and mean the highest id of the vocabulary.
+    return int(ids.argmax() if eos == 2 else (ids == eos).int().argmax())

@@ -1,0 +1,324 @@
+"""The compiled plan of a packed text pass: which token of which run is computed where. Plain numpy, no model.
+
+A run exists at the columns (tokens) where its hidden state may differ from the base run's: its *live* columns. A patch
+makes its own column live at its site; the next attention makes live what may read it, in a causal model the columns
+from the first live one on. Backwards, a column is *needed* if anything that is returned depends on it. What is computed
+is live and needed; everything else is read from the base run.
+
+Live columns of a run have *slots*, rows of one packed state that the whole chunk of runs shares. A plan depends on
+the model's shape and on the patches, not on the prompt or the noise, and is compiled once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+ATTN, MLP, HIDDEN = 0, 1, 2
+KIND_STAGE = {"self_attn": ATTN, "mlp": MLP, "hidden": HIDDEN}
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """What a plan needs to know of the model and of the request.
+
+    Attributes:
+        layers: number of layers that run.
+        length: number of tokens that run, ``T``.
+        causal: whether a token reads only itself and the tokens before it.
+        last_only: whether only the last of these tokens is returned.
+    """
+
+    layers: int
+    length: int
+    causal: bool
+    last_only: bool
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Overwrites or additions, one for each (run, stage, token). ``stage`` is 3 x layer + ATTN, MLP or HIDDEN.
+
+    ``source`` indexes the request's sources; ``same`` says that the source's value there is the base run's own.
+    """
+
+    run: Indices
+    stage: Indices
+    token: Indices
+    source: Indices
+    same: Mask
+
+    def __getitem__(self, which: Indices | Mask) -> Entries:
+        return Entries(self.run[which], self.stage[which], self.token[which], self.source[which], self.same[which])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Slots of the packed state, and the tokens that they hold."""
+
+    slots: Indices
+    tokens: Indices
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happens at one site of one layer.
+
+    Attributes:
+        join: enter the packed state with the base run's hidden state.
+        computed: receive what the module computed.
+        based: receive the base run's value at the site.
+        sets: receive a source's value, by source.
+        adds: have a source's value added, by source.
+    """
+
+    join: Rows
+    computed: Indices
+    based: Rows
+    sets: list[tuple[int, Rows]]
+    adds: list[tuple[int, Rows]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose first live column is the same, in one layer's attention.
+
+    Attributes:
+        start: the first live column.
+        query_start: the first column whose query is needed.
+        steady: number of runs that are live from ``start`` to the end; their tokens come first.
+        fresh: number of runs with gaps, which the base run fills.
+        rows: the group's first and last packed token.
+        scatter: where the fresh runs' tokens go among ``fresh x (T - start)`` columns.
+    """
+
+    start: int
+    query_start: int
+    steady: int
+    fresh: int
+    rows: tuple[int, int]
+    scatter: Indices
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: the tokens that yield keys and values, and where the result of each group goes.
+
+    ``chosen`` picks the computed columns out of the groups' results put end to end; ``None`` for all of them.
+    """
+
+    rows: Rows
+    groups: list[Group]
+    chosen: Indices | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    attention: Attention | None
+    stages: tuple[Stage, Stage, Stage]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Runs that pass through the model together.
+
+    Attributes:
+        slots: rows of the packed state.
+        layers: one plan a layer.
+        final: slots that are returned.
+        target: where they go in the flattened ``[N x T]`` (``[N]`` if only the last token is returned).
+    """
+
+    slots: int
+    layers: list[LayerPlan]
+    final: Indices
+    target: Indices
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    shape: TextShape
+    chunks: list[Chunk] = field(repr=False)
+
+
+def compile_plan(shape: TextShape, runs: int, sets: Entries, adds: Entries, chunk_rows: int) -> TextPlan:
+    """Compile the plan of all runs.
+
+    Args:
+        shape: of the model and the request.
+        runs: number of runs, ``N``.
+        sets: overwrites, at most one for each (run, stage, token).
+        adds: additions after them.
+        chunk_rows: slots that a chunk may have; a chunk holds at least one run.
+    """
+    within = [entries.stage < 3 * shape.layers for entries in (sets, adds)]
+    within = [w & (entries.token < shape.length) for w, entries in zip(within, (sets, adds), strict=True)]
+    sets, adds = sets[within[0]], adds[within[1]]
+    start = np.full(runs, shape.length)
+    for entries in (sets[~sets.same], adds):
+        np.minimum.at(start, entries.run, entries.token if shape.causal else np.zeros_like(entries.token))
+    joined = np.full(runs, 3 * shape.layers)
+    for entries in (sets[~sets.same], adds):
+        np.minimum.at(joined, entries.run, entries.stage)
+    order = np.lexsort((joined, start))
+    order = order[start[order] < shape.length]
+    chunks = []
+    for part in _split(shape.length - start[order], chunk_rows):
+        members = order[part]
+        local = np.full(runs, -1)
+        local[members] = np.arange(len(members))
+        own = [entries[local[entries.run] >= 0] for entries in (sets, adds)]
+        own = [Entries(local[e.run], e.stage, e.token, e.source, e.same) for e in own]
+        chunks.append(_ChunkCompiler(shape, start[members], *own).compile(members))
+    return TextPlan(shape, chunks)
+
+
+def _split(sizes: Indices, limit: int) -> list[slice]:
+    """Consecutive slices whose sizes sum to at most ``limit``, or of one element."""
+    ends = np.cumsum(sizes)
+    slices, first = [], 0
+    while first < len(sizes):
+        done = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + limit, side="right")))
+        slices.append(slice(first, last))
+        first = last
+    return slices
+
+
+class _ChunkCompiler:
+    """Masks ``[n, T]`` over the runs and tokens of a chunk, turned into indices."""
+
+    def __init__(self, shape: TextShape, start: Indices, sets: Entries, adds: Entries) -> None:
+        self.shape, self.start = shape, start
+        self.tokens = np.arange(shape.length)
+        self.offset = np.concatenate(([0], np.cumsum(shape.length - start)))
+        self.sets = self._by_stage(sets)
+        self.adds = self._by_stage(adds)
+
+    def _by_stage(self, entries: Entries) -> list[Entries]:
+        entries = entries[np.argsort(entries.stage, kind="stable")]
+        bounds = np.searchsorted(entries.stage, np.arange(3 * self.shape.layers + 1))
+        return [entries[np.arange(a, b)] for a, b in pairwise(bounds)]
+
+    def compile(self, members: Indices) -> Chunk:
+        layers, needed = self.shape.layers, self._needed()
+        live = np.zeros((len(members), self.shape.length), dtype=bool)
+        plans = []
+        for layer in range(layers):
+            plan, live = self._layer(layer, live, needed[layer + 1])
+            plans.append(plan)
+        run, token = np.nonzero(live)
+        target = members[run] if self.shape.last_only else members[run] * self.shape.length + token
+        return Chunk(int(self.offset[-1]), plans, self._rows(live).slots, target)
+
+    def _needed(self) -> list[Mask]:
+        """For each layer's input, and the last one's output, the columns on which the result depends."""
+        need = np.zeros((len(self.start), self.shape.length), dtype=bool)
+        need[:, -1 if self.shape.last_only else slice(None)] = True
+        needed = [need]
+        for layer in reversed(range(self.shape.layers)):
+            inner = need & ~self._mask(self.sets[3 * layer + HIDDEN])
+            queries = inner & ~self._mask(self.sets[3 * layer + ATTN])
+            need = inner | (_up_to_last(queries) if self.shape.causal else queries.any(axis=1, keepdims=True))
+            needed.insert(0, need)
+        return needed
+
+    def _layer(self, layer: int, live: Mask, needed: Mask) -> tuple[LayerPlan, Mask]:
+        attn, mlp, hidden = (self.sets[3 * layer + stage] for stage in (ATTN, MLP, HIDDEN))
+        # What is overwritten at the layer's output is needed at none of its inner sites.
+        inner = needed & ~self._mask(hidden)
+
+        reached = _from_first(live) if self.shape.causal else np.repeat(live.any(1, keepdims=True), live.shape[1], 1)
+        reached &= inner
+        computed = reached & ~self._mask(attn)
+        attention = self._attention(live, computed)
+        stage_attn, live = self._stage(3 * layer + ATTN, live, reached, computed, inner)
+        stage_mlp, live = self._stage(3 * layer + MLP, live, live, live & ~self._mask(mlp), inner)
+        nothing = np.zeros_like(live)
+        stage_hidden, live = self._stage(3 * layer + HIDDEN, live, live, nothing, needed)
+        return LayerPlan(attention, (stage_attn, stage_mlp, stage_hidden)), live
+
+    def _stage(self, index: int, live: Mask, reached: Mask, computed: Mask, allowed: Mask) -> tuple[Stage, Mask]:
+        """One site: ``reached`` columns are live after it whether patched or not; the others only if a patch joins."""
+        sets, adds = self.sets[index], self.adds[index]
+        sets = sets[allowed[sets.run, sets.token] & (~sets.same | reached[sets.run, sets.token])]
+        adds = adds[allowed[adds.run, adds.token]]
+        set_mask, add_mask = self._mask(sets), self._mask(adds)
+        after = reached | set_mask | add_mask
+        join, based = after & ~live, add_mask & ~computed & ~set_mask
+        if index % 3 == HIDDEN:
+            # A hidden state is overwritten, not added to a residual; what joins already is the base run's.
+            join, based = join & ~set_mask, np.zeros_like(based)
+        stage = Stage(
+            self._rows(join),
+            self._rows(computed).slots,
+            self._rows(based),
+            self._by_source(sets),
+            self._by_source(adds),
+        )
+        return stage, after
+
+    def _attention(self, live: Mask, computed: Mask) -> Attention | None:
+        length = self.shape.length
+        reading = np.flatnonzero(computed.any(axis=1))
+        if not len(reading):
+            return None
+        first = live[reading].argmax(axis=1) if self.shape.causal else np.zeros_like(reading)
+        fresh = live[reading].sum(axis=1) < length - first
+        order = np.lexsort((fresh, first))
+        reading, first, fresh = reading[order], first[order], fresh[order]
+        run, token = np.nonzero(live[reading])
+        bounds = np.flatnonzero(np.diff(first, prepend=-1))
+        groups, result_start = [], np.empty(len(reading), dtype=np.int64)
+        filled = 0
+        for a, b in zip(bounds, [*bounds[1:], len(reading)], strict=True):
+            start, steady = int(first[a]), int((~fresh[a:b]).sum())
+            query_start = int(computed[reading[a:b]].any(axis=0).argmax())
+            packed = np.searchsorted(run, (a, a + steady, b))
+            gaps = slice(packed[1], packed[2])
+            scatter = (run[gaps] - a - steady) * (length - start) + token[gaps] - start
+            rows = (int(packed[0]), int(packed[2]))
+            groups.append(Group(start, query_start, steady, int(b - a) - steady, rows, scatter))
+            result_start[a:b] = filled - query_start + np.arange(b - a) * (length - query_start)
+            filled += (b - a) * (length - query_start)
+        where = np.empty(len(live), dtype=np.int64)
+        where[reading] = result_start
+        computed_run, computed_token = np.nonzero(computed)
+        chosen = where[computed_run] + computed_token
+        everything = len(chosen) == filled and bool((np.diff(chosen) == 1).all())
+        return Attention(Rows(self._slots(reading[run], token), token), groups, None if everything else chosen)
+
+    def _slots(self, run: Indices, token: Indices) -> Indices:
+        return self.offset[run] + token - self.start[run]
+
+    def _rows(self, mask: Mask) -> Rows:
+        run, token = np.nonzero(mask)
+        return Rows(self._slots(run, token), token)
+
+    def _by_source(self, entries: Entries) -> list[tuple[int, Rows]]:
+        slots = self._slots(entries.run, entries.token)
+        return [
+            (int(source), Rows(slots[entries.source == source], entries.token[entries.source == source]))
+            for source in np.unique(entries.source)
+        ]
+
+    def _mask(self, entries: Entries) -> Mask:
+        mask = np.zeros((len(self.start), self.shape.length), dtype=bool)
+        mask[entries.run, entries.token] = True
+        return mask
+
+
+def _from_first(mask: Mask) -> Mask:
+    """Columns from the first True of each row on."""
+    return np.logical_or.accumulate(mask, axis=1)
+
+
+def _up_to_last(mask: Mask) -> Mask:
+    """Columns up to the last True of each row."""
+    return np.logical_or.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
