@@ -47,13 +47,14 @@ def _advance(lanes: Sequence[Lane], step: int, calls: UNetCalls) -> tuple[dict[K
     alias: dict[Key, Key] = {}
     inputs: dict[Key, Tensor] = {}
     timesteps: dict[Key, Tensor] = {}
+    timestep = lanes[0].trajectories.timesteps[step]
     for lane in lanes:
         lane.fork(step)
         own, same = free_rows(lane.group, step, calls.joins)
         rows += own
         alias |= same
         inputs |= lane.inputs(step)
-        timesteps |= {row.key: lane.trajectories.timesteps[step] for row in own}
+        timesteps |= dict.fromkeys((row.key for row in own), timestep)
     outputs = calls.run(rows, inputs, timesteps)
     outputs |= {key: outputs[same] for key, same in alias.items()}
     for lane in lanes:
@@ -130,13 +131,14 @@ def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
     outputs: dict[Key, Tensor] = {}
     for step in range(request.steps):
         read, said = _advance(lanes, step, calls)
-        for lane, group in zip(lanes, groups, strict=True):
+        timestep = lanes[0].trajectories.timesteps[step]
+        for group in groups:
             outputs[group.index, 1, branch, step] = said[group.index, 0, branch, 0]
             own, same = forced_rows(group, step, calls.joins)
             rows += own
             alias |= same
             inputs |= {row.key: read[group.index, 0, branch, 0] for row in own}
-            timesteps |= {row.key: lane.trajectories.timesteps[step] for row in own}
+            timesteps |= dict.fromkeys((row.key for row in own), timestep)
     # Steps are independent now that the trajectory is known, so their rows share calls.
     outputs = calls.run(rows, inputs, timesteps) | outputs
     outputs |= {key: outputs[same] for key, same in alias.items()}

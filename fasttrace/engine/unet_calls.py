@@ -10,13 +10,16 @@ from torch import Tensor
 from ..pipeline import Condition
 from .oracle import timestep_condition
 from .shadow import shadow_of
-from .unet_forward import CallInputs, Texts, hooked_forward
+from .unet_forward import CallInputs, Model, Texts, call_unet
 from .unet_patch import Cache
 from .unet_plan import CallPlan, plan_calls, site_order
 from .unet_request import UNetRequest, site_resolution
 from .unet_runs import Key, Row
+from .unet_units import flat_units, has_hooks, text_keys
 
 DEFAULT_BATCH = 64
+JOINING_BATCH = 4
+"""Rows of a call from which it pays to have a parent in it for the sake of rows that join."""
 
 
 class UNetCalls:
@@ -30,21 +33,31 @@ class UNetCalls:
     def __init__(self, requests: Sequence[UNetRequest], progress: Callable[[int], None] | None = None) -> None:
         request = self._request = requests[0]
         self._progress = progress or (lambda rows: None)
-        self._unet = shadow_of(request.pipe.unet)
         self._order = site_order(request.pipe.unet)
-        self._guidance = timestep_condition(request)
         self._sites = {name: site for one in requests for name, site in one.sites.items()}
         self._budget = request.max_batch or DEFAULT_BATCH
-        self.joins = False
         conditions: list[Condition] = []
         self.texts_of: list[dict[str | None, int]] = []
         for one in requests:
-            named: dict[str | None, Condition] = {**one.conditions}
+            named: list[tuple[str | None, Condition]] = [*one.conditions.items()]
             if one.negative is not None:
-                named[None] = one.negative
-            self.texts_of.append({name: len(conditions) + place for place, name in enumerate(named)})
-            conditions += named.values()
-        self._texts = Texts.of(conditions, request.latents.dtype)
+                named.append((None, one.negative))
+            self.texts_of.append({name: len(conditions) + place for place, (name, _) in enumerate(named)})
+            conditions += [condition for _, condition in named]
+        guidance = timestep_condition(request)
+        self._dtype = request.dtype or request.latents.dtype
+        unet = shadow_of(request.pipe.unet, self._dtype)
+        units = flat_units(unet)
+        texts = Texts.of(conditions, self._dtype)
+        self._model = Model(
+            unet,
+            units,
+            texts,
+            text_keys(unet, texts.embeds) if units is not None else {},
+            None if guidance is None else guidance.to(self._dtype),
+            any(has_hooks(module) for module in unet.modules()),
+        )
+        self.joins = units is not None and self._budget >= JOINING_BATCH
         self._planned: tuple[list[Row], list[CallPlan]] = ([], [])
 
     def run(self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor]) -> dict[Key, Tensor]:
@@ -59,14 +72,13 @@ class UNetCalls:
         cache: Cache = {}
         for plan in self._plans(rows):
             roots = plan.rows[: plan.roots]
+            times = [timesteps[row.key] for row in roots]
             call = CallInputs(
-                torch.stack([inputs[row.key] for row in roots]),
-                torch.stack([timesteps[row.key] for row in roots]),
+                torch.stack([inputs[row.key] for row in roots]).to(self._dtype, memory_format=torch.channels_last),
+                torch.stack(times[:1] if all(time is times[0] for time in times) else times),
                 torch.tensor([row.text for row in plan.rows], device=self._request.latents.device),
-                self._texts,
-                self._guidance,
             )
-            output = hooked_forward(self._unet, call, plan, cache)
+            output = call_unet(self._model, call, plan, cache).to(self._request.latents.dtype)
             outputs |= {row.key: value for row, value in zip(plan.rows, output, strict=True)}
             for spent in plan.spent:
                 del cache[spent]

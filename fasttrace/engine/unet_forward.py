@@ -1,4 +1,4 @@
-"""One planned UNet call by forward hooks on the shadow: for any UNet, with every row there from the start."""
+"""One planned UNet call: through flat units where the UNet has them, else by forward hooks on the shadow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..pipeline import Condition
 from .oracle import hooks
 from .unet_patch import Cache, patch_site
 from .unet_plan import CallPlan, SitePlan
+from .unet_units import AtSite, Stream, Unit
 from .values import first, with_first
 
 
@@ -34,6 +35,12 @@ class Texts:
             torch.stack(time_ids).to(dtype) if time_ids else None,
         )
 
+    def added(self, text: Tensor) -> dict[str, Tensor] | None:
+        """SDXL's added conditions of some rows."""
+        if self.pooled is None or self.time_ids is None:
+            return None
+        return {"text_embeds": self.pooled[text], "time_ids": self.time_ids[text]}
+
 
 @dataclass(frozen=True)
 class CallInputs:
@@ -41,39 +48,98 @@ class CallInputs:
 
     Attributes:
         sample: ``[R, C, h, w]``, of the rows that are there from the start.
-        timesteps: ``[R]``.
-        text: ``[B]`` index into ``texts``, of all rows.
-        texts: the conditions.
-        guidance: ``[1, E]`` embedding of the guidance scale, for models that take it (LCM).
+        timesteps: ``[R]``, or ``[1]`` where all rows are at the same.
+        text: ``[B]`` index into the conditions, of all rows.
     """
 
     sample: Tensor
     timesteps: Tensor
     text: Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """A UNet made ready for some requests.
+
+    Attributes:
+        unet: the shadow.
+        units: from `flat_units`, or ``None``.
+        texts: conditions of all requests.
+        keys: from `text_keys`; empty without units.
+        guidance: ``[1, E]`` embedding of the guidance scale, for models that take it (LCM).
+        observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
+    """
+
+    unet: Any
+    units: list[Unit] | None
     texts: Texts
+    keys: dict[str, tuple[Tensor, Tensor]]
     guidance: Tensor | None
+    observed: bool
 
 
-def hooked_forward(unet: nn.Module, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
-    """The UNet's output ``[B, C, h, w]`` for a plan in which no row joins."""
+def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
+    """The UNet's output ``[B, C, h, w]`` for all rows of a plan."""
+    if model.units is None:
+        return _hooked(model, inputs, plan, cache)
+
+    def at_site(site: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        here = plan.sites.get(site)
+        if here is None:
+            return value, None
+        return patch_site(value.clone() if model.observed else value, site, here, cache), here.joined
+
+    return flat_forward(model, inputs, plan.parents, at_site)
+
+
+def flat_forward(model: Model, inputs: CallInputs, parents: Tensor, at_site: AtSite) -> Tensor:
+    """The units one after another; what diffusers' ``UNet2DConditionModel.forward`` does around its blocks."""
+    unet, text = model.unet, inputs.text
+    roots = text[: inputs.sample.shape[0]]
+    sample = inputs.sample[: inputs.timesteps.shape[0]]
+    time = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=inputs.timesteps), model.guidance)
+    extra = unet.get_aug_embed(
+        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(roots)
+    )
+    if extra is not None:
+        time = time + extra
+    if unet.time_embed_act is not None:
+        time = unet.time_embed_act(time)
+    multiple = 2**unet.num_upsamplers
+    stream = Stream(
+        x=unet.conv_in(inputs.sample),
+        time=time if time.shape[0] == 1 else time[parents],
+        text=text,
+        keys=model.keys,
+        embeds=model.texts.embeds,
+        parents=parents,
+        at_site=at_site,
+        resize=any(side % multiple for side in inputs.sample.shape[2:]),
+    )
+    for unit in model.units or ():
+        unit(stream)
+    x = stream.x
+    if unet.conv_norm_out is not None:
+        x = unet.conv_act(unet.conv_norm_out(x))
+    output: Tensor = unet.conv_out(x)
+    return output
+
+
+def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
     pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
     for name, site in plan.sites.items():
 
         def overwrite(module: nn.Module, args: Any, output: Any, name: str = name, site: SitePlan = site) -> Any:
             return with_first(output, patch_site(first(output).clone(), name, site, cache))
 
-        pairs.append((unet.get_submodule(name.removeprefix("unet.")), overwrite))
-    texts, text = inputs.texts, inputs.text
-    added = None
-    if texts.pooled is not None and texts.time_ids is not None:
-        added = {"text_embeds": texts.pooled[text], "time_ids": texts.time_ids[text]}
+        pairs.append((model.unet.get_submodule(name.removeprefix("unet.")), overwrite))
     with hooks(pairs):
-        output: Tensor = unet(
+        output: Tensor = model.unet(
             inputs.sample,
-            inputs.timesteps,
-            encoder_hidden_states=texts.embeds[text],
-            timestep_cond=inputs.guidance,
-            added_cond_kwargs=added,
+            inputs.timesteps.expand(inputs.sample.shape[0]),
+            encoder_hidden_states=model.texts.embeds[inputs.text],
+            timestep_cond=model.guidance,
+            added_cond_kwargs=model.texts.added(inputs.text),
             return_dict=False,
         )[0]
     return output
