@@ -1,0 +1,136 @@
+"""What another tracing library has to say for its requests to run on the engine: the one interface of all backends."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..engine.decoder import on_packed, word_embedding
+from ..engine.text import trace_text
+from ..errors import BackendError
+from ..patch import PatchSet
+
+Request = TypeVar("Request")
+
+# Scores of at most this many bytes of logits are computed at once.
+LOGITS_BUDGET = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A library's request in the engine's words: see `fasttrace.trace_text`, whose arguments these are.
+
+    Attributes:
+        input_ids: the prompt, ``[T]``.
+        runs: one patched run each.
+        noise: ``[S, T, D]``, added to the word embeddings of the corrupted run; ``None`` for none.
+        base: the run that is patched.
+        sources: other prompts ``[T]`` by the name that patches use.
+        attention_mask: ``[T]`` or ``None``.
+    """
+
+    input_ids: Tensor
+    runs: Sequence[PatchSet]
+    noise: Tensor | None = None
+    base: str = "corrupted"
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+    attention_mask: Tensor | None = None
+
+
+class Backend(abc.ABC, Generic[Request]):
+    """Serves one library's requests on one model of transformers.
+
+    A subclass translates: `sweep` from the library's request to runs, `score` from final states to what the library
+    would have returned for each run. `run` does the rest, some runs at a time.
+
+    Args:
+        model: a causal language model or a text encoder that `fasttrace.trace_text` supports; left unchanged.
+        batch_size: runs whose final states are held at once: ``S x batch_size x T x D`` numbers.
+
+    Raises:
+        BackendError: ``batch_size`` is less than one.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 256) -> None:
+        if batch_size < 1:
+            raise BackendError(f"batch_size={batch_size}: expected at least 1")
+        self.model = model
+        self.batch_size = batch_size
+
+    @abc.abstractmethod
+    def sweep(self, request: Request) -> Sweep:
+        """The request in the engine's words.
+
+        Raises:
+            BackendError: something in it has no counterpart; the message names the library's own way.
+        """
+
+    @abc.abstractmethod
+    def score(self, request: Request, states: Tensor) -> Tensor:
+        """What the library reports of some runs.
+
+        Args:
+            states: hidden states after the final norm, ``[S, n, T, D]``, of ``n`` runs.
+
+        Returns:
+            ``[n, ...]``, one row a run.
+        """
+
+    @torch.no_grad()
+    def run(self, request: Request) -> Tensor:
+        """Scores of all runs of a request, ``[N, ...]``, in the request's order."""
+        sweep = self.sweep(request)
+        scores = [self.score(request, states) for states in self._states(sweep)]
+        return torch.cat(scores) if scores else torch.empty(0)
+
+    def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of the language-modelling head.
+
+        Args:
+            states: ``[..., D]``, after the final norm.
+            tokens: ids to score, ``[k]``; ``None`` for the whole vocabulary.
+
+        Returns:
+            ``[..., k]``.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise BackendError(
+                f"{type(self.model).__name__} has no language-modelling head: load a ...ForCausalLM model"
+            )
+        if tokens is None:
+            return on_packed(head, states.reshape(-1, states.shape[-1])).reshape(*states.shape[:-1], -1)
+        bias = None if head.bias is None else head.bias[tokens]
+        return torch.nn.functional.linear(states, head.weight[tokens], bias)
+
+    def probabilities(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Softmax probabilities of chosen tokens, ``[..., k]``, without ever holding all rows' logits."""
+        flat = states.reshape(-1, states.shape[-1])
+        rows = max(1, LOGITS_BUDGET // (4 * self.model.get_output_embeddings().weight.shape[0]))
+        parts = [torch.softmax(self.logits(part), dim=-1)[:, tokens] for part in torch.split(flat, rows)]
+        return torch.cat(parts).reshape(*states.shape[:-1], len(tokens))
+
+    @property
+    def embedding_width(self) -> int:
+        embedding: Any = word_embedding(self.model)
+        return int(embedding.weight.shape[1])
+
+    def _states(self, sweep: Sweep) -> Any:
+        noise = sweep.noise
+        if noise is None:
+            noise = torch.zeros(1, len(sweep.input_ids), self.embedding_width)
+        for start in range(0, len(sweep.runs), self.batch_size):
+            yield trace_text(
+                self.model,
+                sweep.input_ids,
+                sweep.runs[start : start + self.batch_size],
+                noise,
+                base=sweep.base,
+                sources=sweep.sources,
+                attention_mask=sweep.attention_mask,
+            ).restored

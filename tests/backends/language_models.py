@@ -1,0 +1,54 @@
+"""Random tiny models of each family, and a tokenizer that needs no download."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+VOCABULARY = 300
+WORDS = ("the", "eiffel", "tower", "stands", "in", "a", "city", "called", "paris", "rome", "space", "needle")
+
+_ROTARY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+}
+
+
+@cache
+def language_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A seeded model whose weights are large enough for patches to matter; shared, so leave it as it is."""
+    import transformers as t
+
+    torch.manual_seed(sum(map(ord, family)))
+    if family == "gpt2":
+        config = t.GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+        model = t.GPT2LMHeadModel(config)
+    else:
+        prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+        options = {**_ROTARY, "head_dim": 8} if family == "qwen3" else _ROTARY
+        model = getattr(t, f"{prefix}ForCausalLM")(getattr(t, f"{prefix}Config")(**options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+class SpaceTokenizer:
+    """Words with their leading space are tokens, as byte-level BPE makes them of common words."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [WORDS.index(word) for word in text.split()]}
+
+    def decode(self, ids: list[int] | torch.Tensor) -> str:
+        return "".join(" " + (WORDS[int(i)] if int(i) < len(WORDS) else f"<{int(i)}>") for i in ids)

@@ -1,0 +1,177 @@
+"""ROME's functions against its loop, one hooked forward a cell, written here from the paper's description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fasttrace.backends import rome
+from fasttrace.errors import BackendError, SiteError
+from tests.backends.language_models import FAMILIES, VOCABULARY, SpaceTokenizer, language_model
+
+EMBEDDING = {"gpt2": "transformer.wte"}
+LAYER = {"gpt2": "transformer.h.{}{}"}
+KINDS = {"gpt2": {"attn": ".attn", "mlp": ".mlp", None: ""}}
+OTHER_KINDS = {"attn": ".self_attn", "mlp": ".mlp", None: ""}
+
+
+def layer_name(family: str, layer: int, kind: str | None) -> str:
+    return LAYER.get(family, "model.layers.{}{}").format(layer, KINDS.get(family, OTHER_KINDS)[kind])
+
+
+def reference(
+    family: str,
+    ids: torch.Tensor,
+    states: list[tuple[int, str]],
+    answers: torch.Tensor,
+    span: tuple[int, int] | None,
+    *,
+    samples: int = 3,
+    noise: float | Callable[[torch.Tensor], torch.Tensor] = 0.1,
+    uniform_noise: bool = False,
+    replace: bool = False,
+) -> torch.Tensor:
+    """One cell: row 0 clean, the others corrupted and restored from row 0, in one hooked forward."""
+    model = language_model(family)
+    generator = np.random.RandomState(1)
+
+    def corrupt(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if span is None:
+            return output
+        begin, end = span
+        shape = (samples, end - begin, output.shape[-1])
+        draws = torch.from_numpy(generator.uniform(-1, 1, shape) if uniform_noise else generator.randn(*shape))
+        draws = noise(draws) if callable(noise) else noise * draws
+        output = output.clone()
+        output[1:, begin:end] = draws.to(output) if replace else output[1:, begin:end] + draws.to(output)
+        return output
+
+    def restore(tokens: list[int]) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            for token in tokens:
+                hidden[1:, token] = hidden[0, token]
+            return output
+
+        return hook
+
+    by_layer: dict[str, list[int]] = {}
+    for token, name in states:
+        by_layer.setdefault(name, []).append(token)
+    modules = dict(model.named_modules())
+    handles = [modules[EMBEDDING.get(family, "model.embed_tokens")].register_forward_hook(corrupt)]
+    handles += [modules[name].register_forward_hook(restore(tokens)) for name, tokens in by_layer.items()]
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids.repeat(samples + 1, 1)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.softmax(logits[1:, -1], dim=-1).mean(0)[answers]
+
+
+def prompt(length: int = 9) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"uniform_noise": True, "noise": 0.6}, {"replace": True, "noise": 1.0}])
+def test_every_cell_of_a_sweep_equals_one_hooked_forward(family: str, options: dict) -> None:
+    ids, span, answers = prompt(), (2, 4), torch.tensor([[5, 7], [11, 3]])
+    cells = [[(token, layer_name(family, layer, None))] for token in range(9) for layer in range(3)]
+    cells += [
+        [(1, layer_name(family, 0, "mlp")), (5, layer_name(family, 2, "attn")), (5, layer_name(family, 1, None))],
+        [],
+    ]
+    expected = torch.stack([reference(family, ids, cell, answers, span, **options) for cell in cells])
+    found = rome.trace_many(language_model(family), {"input_ids": ids.repeat(4, 1)}, cells, answers, span, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.std(0).min() > 1e-6, "patches must matter, or the comparison shows nothing"
+
+
+def test_single_precision_holds_the_promise() -> None:
+    ids, span, answer = prompt(), (2, 4), torch.tensor(5)
+    cells = [[(token, layer_name("gpt2", 1, None))] for token in range(9)]
+    double = torch.stack([reference("gpt2", ids, cell, answer, span) for cell in cells])
+    single = rome.trace_many(
+        language_model("gpt2", torch.float32), {"input_ids": ids.repeat(4, 1)}, cells, answer, span
+    )
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
+
+
+def test_batch_size_does_not_matter() -> None:
+    ids, span, answer = prompt(), (2, 4), torch.tensor(5)
+    cells = [[(token, layer_name("llama", layer, "mlp"))] for token in range(9) for layer in range(3)]
+    inp = {"input_ids": ids.repeat(4, 1)}
+    results = [rome.trace_many(language_model("llama"), inp, cells, answer, span, batch_size=b) for b in (1, 4, 100)]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [None, "mlp", "attn"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_hidden_flow_returns_the_originals_dictionary(family: str, kind: str | None) -> None:
+    mt = SimpleNamespace(model=language_model(family), tokenizer=SpaceTokenizer())
+    text = " the eiffel tower stands in a city called"
+    result = rome.calculate_hidden_flow(mt, text, "eiffel tower", samples=3, noise=0.4, window=2, kind=kind)
+    ids = torch.tensor(mt.tokenizer(text)["input_ids"])
+    with torch.no_grad():
+        clean = torch.softmax(mt.model(input_ids=ids[None]).logits[0, -1], dim=-1)
+    assert result["subject_range"] == (1, 3)
+    assert result["high_score"] == clean.max()
+    assert result["answer"] == mt.tokenizer.decode([clean.argmax()])
+    low = reference(family, ids, [], clean.argmax(), (1, 3), noise=0.4)
+    assert result["low_score"] == pytest.approx(low.item(), rel=1e-9)
+    assert result["scores"].shape == (8, 3)
+    for token, layer in ((0, 0), (2, 1), (7, 2)):
+        window = [layer] if kind is None else range(max(0, layer - 1), min(3, layer + 1))
+        states = [(token, layer_name(family, other, kind)) for other in window]
+        expected = reference(family, ids, states, clean.argmax(), (1, 3), noise=0.4)
+        assert result["scores"][token, layer].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert (result["kind"], result["window"], result["correct_prediction"]) == (kind or "", 2, True)
+
+
+def test_a_wrong_answer_is_not_traced() -> None:
+    mt = SimpleNamespace(model=language_model("gpt2"), tokenizer=SpaceTokenizer())
+    result = rome.calculate_hidden_flow(mt, " the tower", "tower", expect="no such answer")
+    assert result == {"correct_prediction": False}
+
+
+def test_noise_levels_are_read_as_rome_writes_them() -> None:
+    embeddings = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) @ torch.randn(3, 3) + 2
+    assert rome.parse_noise("0.25", embeddings) == (0.25, False)
+    assert rome.parse_noise("u0.5", embeddings) == (0.5, True)
+    level, uniform = rome.parse_noise("s3", embeddings)
+    assert (level, uniform) == (pytest.approx(3 * embeddings.std().item()), False)
+    draws = torch.from_numpy(np.random.RandomState(0).randn(400, 50, 3))
+    for text in ("m", "t6"):
+        transform, _ = rome.parse_noise(text, embeddings)
+        assert callable(transform)
+        drawn = transform(draws).reshape(-1, 3)
+        scale = torch.cov(embeddings.double().T).abs().max().item()
+        torch.testing.assert_close(drawn.mean(0), embeddings.double().mean(0), atol=0.05 * scale**0.5, rtol=0)
+        torch.testing.assert_close(torch.cov(drawn.T), torch.cov(embeddings.double().T), atol=0.1 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["-1", "s", "q3", "t2", "abc", "m-"])
+def test_malformed_noise_levels_are_refused(text: str) -> None:
+    with pytest.raises(BackendError, match="expected a number"):
+        rome.parse_noise(text, torch.randn(10, 3))
+
+
+def test_what_has_no_counterpart_is_refused() -> None:
+    model, ids = language_model("gpt2"), prompt()
+    inp = {"input_ids": ids.repeat(3, 1)}
+    with pytest.raises(BackendError, match=r"nethook\.TraceDict"):
+        rome.trace_with_patch(model, inp, [], 0, None, trace_layers=["transformer.h.0"])
+    with pytest.raises(BackendError, match="one prompt repeated"):
+        rome.trace_with_patch(model, {"input_ids": torch.stack([ids, ids.flip(0)])}, [], 0, None)
+    with pytest.raises(SiteError, match=r"transformer\.h\.0"):
+        rome.trace_with_patch(model, inp, [(0, "transformer.h.9")], 0, None)
+    with pytest.raises(BackendError, match='expected None, "mlp" or "attn"'):
+        rome.calculate_hidden_flow(SimpleNamespace(model=model, tokenizer=SpaceTokenizer()), " the", "the", kind="z")
