@@ -36,5 +36,5 @@ def check_up(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, source: Te
 
 def shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
     """Class of a call's shapes, for the selection table."""
-    few = "few" if x.shape[0] * x.shape[1] < 1024 else "many"
+    few = "few" if x.shape[:-1].numel() < 1024 else "many"
     return f"n{weight.shape[0]}_k{weight.shape[1]}_{few}"

@@ -133,7 +133,7 @@ def _fake(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
-    few = "few" if x.shape[0] * x.shape[1] < 4096 else "many"
+    few = "few" if x.shape[:-1].numel() < 4096 else "many"
     return f"n{weight.shape[0]}_k{weight.shape[1]}_{few}"
 
 

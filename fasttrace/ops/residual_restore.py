@@ -82,7 +82,7 @@ def _fake(hidden: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _shape_class(hidden: Tensor, *_: object, **__: object) -> str:
-    return f"c{hidden.shape[2]}"
+    return f"c{hidden.shape[-1]}"
 
 
 residual_restore = Op(
