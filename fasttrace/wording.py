@@ -38,3 +38,28 @@ def number(value: float) -> str:
 def counted(count: float, noun: str) -> str:
     """``1 seed``, ``2 seeds``."""
     return f"{int(count)} {noun}" if count == 1 else f"{int(count)} {noun}s"
+
+
+def block(site: str) -> str:
+    """The UNet block that a site stands in, as a label: ``down 0``, ``mid``, ``up 2``."""
+    side, index = site.split(".")[1:3]
+    return "mid" if side == "mid_block" else f"{side.removesuffix('_blocks')} {index}"
+
+
+def unet_place(site: str) -> str:
+    """Where a site of a known kind stands, in few characters: ``down 0 / 1`` for the second of its kind there."""
+    numbers = [piece for piece in site.split(".")[2 if block(site) == "mid" else 3 :] if piece.isdigit()]
+    if len(numbers) > 1 and numbers[-1] == "0":
+        numbers.pop()
+    return f"{block(site)} / {'.'.join(numbers)}"
+
+
+def site_label(site: str, kind: str, layer: int, role: str = "") -> str:
+    """A site in words that fit under a picture, on two lines: kind, then place."""
+    name = KIND_NAMES.get(kind, kind)
+    if " + " in site or ".." in site:
+        return f"{name}\nfrom layer {layer}"
+    if site.startswith("unet."):
+        return f"{name}\n{unet_place(site)}"
+    where = "" if role in ("", "all") else f", {role.replace('_', ' ')}"
+    return f"{name}\nlayer {layer}{where}"

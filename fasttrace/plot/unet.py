@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..effects import Effects
 from ..table import Groups, network_order
-from ..wording import KIND_NAMES, number
+from ..wording import KIND_NAMES, block, number, unet_place
 from . import style
 
 
@@ -35,7 +35,7 @@ def draw_sites(fig: Any, effects: Effects) -> None:
         axis.axhline(total, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
         top = part.iloc[int(part["aie"].abs().argmax())]
         axis.annotate(
-            _place_name(top["site"]), (top["x"], np.nanmax([top["aie"], top["high"], 0])), xytext=(0, 4),
+            unet_place(top["site"]), (top["x"], np.nanmax([top["aie"], top["high"], 0])), xytext=(0, 4),
             textcoords="offset points", ha="center", fontsize=7.5, color=style.INK, zorder=5,
         )  # fmt: skip
         axis.set_ylabel(KIND_NAMES.get(kind, kind), fontsize=9.5, color=style.COLORS[kind], fontweight="bold")
@@ -73,7 +73,7 @@ def draw_steps(fig: Any, effects: Effects) -> None:
             grid[sites.index(cell["site"]), column] = cell["aie"] * np.sign(total)
         image = axis.imshow(grid, cmap=style.MAPS[kind], vmin=0, vmax=limit, aspect="auto")
         axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10.5, color=style.COLORS[kind], fontweight="bold")
-        axis.set_yticks(range(len(sites)), [_place_name(site) for site in sites])
+        axis.set_yticks(range(len(sites)), [unet_place(site) for site in sites])
         every = max(1, -(-len(windows) // 10))
         axis.set_xticks(range(0, len(windows), every), names[::every], rotation=0 if len(names[-1]) < 4 else 45)
         axis.set_xlabel("restored denoising steps", fontsize=9.5)
@@ -107,12 +107,6 @@ def draw_profile(fig: Any, effects: Effects) -> None:
         axis.set_ylabel("mean indirect effect of one site", fontsize=9.5)
         axis.legend(fontsize=8.5, frameon=False, labelcolor=style.INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         style.plain(axis, grid="y")
-
-
-def block(site: str) -> str:
-    """The UNet block that a site stands in, as a label: ``down 0``, ``mid``, ``up 2``."""
-    side, index = site.split(".")[1:3]
-    return "mid" if side == "mid_block" else f"{side.removesuffix('_blocks')} {index}"
 
 
 def _network_ranks(names: pd.Series) -> pd.Series:
@@ -151,11 +145,3 @@ def _limits(table: pd.DataFrame, total: float) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     margin = 0.12 * max(high - low, 1e-12)
     return low - margin / 2, high + margin
-
-
-def _place_name(site: str) -> str:
-    """Where a site of a known kind stands, in few characters: ``down 0 / 1`` for the second of its kind there."""
-    numbers = [piece for piece in site.split(".")[2 if block(site) == "mid" else 3 :] if piece.isdigit()]
-    if len(numbers) > 1 and numbers[-1] == "0":
-        numbers.pop()
-    return f"{block(site)} / {'.'.join(numbers)}"

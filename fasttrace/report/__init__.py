@@ -1,0 +1,114 @@
+"""Reports: a folder that a reviewer can check, made from the table and the record alone.
+
+========================  ============================================================================================
+file                      holds
+========================  ============================================================================================
+``index.html``            everything on one page: words, figures, tables, the record
+``*.png``                 the figures, one set for each metric
+``*.csv``                 the tables, in full: ``prompts``, and for each metric ``rank``, ``kinds``, ``normalized``
+``effects.parquet``       the table of effects, and ``study.json`` the record beside it
+========================  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from .. import plot
+from ..effects import Effects
+from ..errors import StudyError
+from ..store import load_effects
+from . import page
+from .pictures import draw_pictures
+
+MARK = "index.html"
+
+
+def report(effects: Effects | str | Path, out: str | Path | None = None, *, pictures: str | Path | None = None) -> Path:
+    """Write a report.
+
+    Args:
+        effects: what to report, or the folder of a finished run, whose pictures are then shown too.
+        out: folder of the report; ``report`` within the run's folder if not given. An earlier report there is replaced.
+        pictures: folder of pictures with their ``index.json``, for effects that are not in a run's folder.
+
+    Returns:
+        The path of ``index.html``.
+
+    Raises:
+        StudyError: no finished run, no ``out`` for effects in memory, or an ``out`` that holds something else.
+    """
+    if not isinstance(effects, Effects):
+        folder = Path(effects)
+        effects = Effects(*load_effects(folder))
+        out = folder / "report" if out is None else out
+        pictures = folder / "pictures" if pictures is None else pictures
+    if out is None:
+        raise StudyError("a report of effects in memory needs a folder: give out=")
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MARK).is_file())):
+        raise StudyError(f"{str(target)!r} holds something other than a report: choose another folder")
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        _write(effects, draft, None if pictures is None else Path(pictures))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target / MARK
+
+
+def _write(effects: Effects, folder: Path, pictures: Path | None) -> None:
+    effects.save(folder)
+    sections = [page.words("What was found", effects.summary())]
+    if pictures is not None and (grids := draw_pictures(effects, pictures, folder)):
+        sections.append(page.figures("What it looks like", grids))
+    for title, name, one in _parts(effects):
+        figures = [plot.heatmap(one, folder / f"{name}-heatmap.png").name]
+        if one.table["kind"].nunique() > 1 or one.table["layer"].nunique() > 1:
+            figures.append(plot.profile(one, folder / f"{name}-profile.png").name)
+        figures.append(plot.ranked(one, folder / f"{name}-ranked.png").name)
+        sections.append(page.figures(title, figures))
+        for heading, kind, table in _tables(one):
+            table.to_csv(folder / f"{name}-{kind}.csv", index=False)
+            sections.append(page.table(heading, table, f"{name}-{kind}.csv"))
+    prompts = _prompts(effects)
+    prompts.to_csv(folder / "prompts.csv", index=False)
+    sections.append(page.table("Prompts and their baselines", prompts, "prompts.csv"))
+    sections.append(page.record(effects.record))
+    (folder / MARK).write_text(page.document(effects, sections), encoding="utf-8")
+
+
+def _parts(effects: Effects) -> Iterator[tuple[str, str, Effects]]:
+    """Title, file name and rows of each part: one metric, and one setting of all else that effects depend on."""
+    columns = effects.meaning()
+    for values in effects.table[columns].drop_duplicates().itertuples(index=False, name=None):
+        pairs = dict(zip(columns, values, strict=True))
+        rest = "".join(f", {column} {value}" for column, value in pairs.items() if column != "metric")
+        name = "-".join("".join(c if c.isalnum() or c == "_" else "-" for c in str(value)) for value in values)
+        yield f"{pairs['metric']}{rest}", name.strip("-")[:80], effects.where(**pairs)
+
+
+def _tables(effects: Effects) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    keys = ["site", "kind", "layer"]
+    if effects.table["token_role"].nunique() > 1:
+        keys.append("token_role")
+    if effects.table["step_start"].nunique() > 1 or effects.table["step_stop"].nunique() > 1:
+        keys += ["step_start", "step_stop"]
+    yield "Sites by average indirect effect", "rank", effects.rank(by=keys)
+    by_kind = ["attribute", "kind"] if effects.table["attribute"].nunique() > 1 else ["kind"]
+    yield "Mean effect of one site, by kind", "kinds", effects.aie(by=by_kind)
+    yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", effects.normalized(by=keys)
+
+
+def _prompts(effects: Effects) -> pd.DataFrame:
+    keys = ["prompt_id", "prompt", "subject", "attribute", "metric"]
+    means = effects.table.groupby(keys, sort=False)[["clean", "corrupted", "total_effect"]].mean()
+    means["seeds"] = effects.table.groupby(keys, sort=False)["seed"].nunique()
+    return means.reset_index()
