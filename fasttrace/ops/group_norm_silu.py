@@ -60,7 +60,7 @@ def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _shape_class(x: Tensor, *_: object, **__: object) -> str:
+def shape_class(x: Tensor, *_: object, **__: object) -> str:
     return f"p{x.shape[-2]}_c{x.shape[-1]}"
 
 
@@ -70,5 +70,5 @@ group_norm_silu = Op(
     reference=reference,
     fake=_fake,
     implementations={"torch": norm_torch, "triton": triton_launcher("group_norm_silu")},
-    shape_class=_shape_class,
+    shape_class=shape_class,
 )

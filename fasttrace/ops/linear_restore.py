@@ -132,7 +132,7 @@ def _fake(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
 
 
-def _shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
+def shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
     few = "few" if x.shape[:-1].numel() < 4096 else "many"
     return f"n{weight.shape[0]}_k{weight.shape[1]}_{few}"
 
@@ -144,5 +144,5 @@ linear_restore = Op(
     reference=reference,
     fake=_fake,
     implementations={"torch": linear_torch, "triton": triton_launcher("linear_restore")},
-    shape_class=_shape_class,
+    shape_class=shape_class,
 )

@@ -147,7 +147,7 @@ def _fake(*_: object) -> None:
     return None
 
 
-def _shape_class(weights: Sequence[Tensor], left: Sequence[Tensor], *_: object) -> str:
+def shape_class(weights: Sequence[Tensor], left: Sequence[Tensor], *_: object) -> str:
     ranks = max((a.shape[1] for a in left), default=0)
     return f"{'one' if len(weights) == 1 else 'many'}_r{next(r for r in (1, 4, 16, 64, 1 << 30) if ranks <= r)}"
 
@@ -160,5 +160,5 @@ update = Op(
     reference=reference,
     fake=_fake,
     implementations={"torch": update_torch, "triton": update_triton, "cuda": update_cuda},
-    shape_class=_shape_class,
+    shape_class=shape_class,
 )

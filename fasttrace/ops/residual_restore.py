@@ -81,7 +81,7 @@ def _fake(hidden: Tensor, *_: object, **__: object) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-def _shape_class(hidden: Tensor, *_: object, **__: object) -> str:
+def shape_class(hidden: Tensor, *_: object, **__: object) -> str:
     return f"c{hidden.shape[-1]}"
 
 
@@ -92,5 +92,5 @@ residual_restore = Op(
     reference=reference,
     fake=_fake,
     implementations={"torch": residual_torch, "triton": triton_launcher("residual_restore")},
-    shape_class=_shape_class,
+    shape_class=shape_class,
 )
