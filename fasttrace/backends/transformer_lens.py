@@ -1,0 +1,294 @@
+"""TransformerLens' `generic_activation_patch`, with its signature, a packed pass instead of one forward a cell.
+
+The stock patch setters are recognised by identity, and the activations below by name. Anything else still works: it
+runs in TransformerLens itself, at its own speed, after a warning that says so.
+
+==============  ===============================  ==========================================================
+activation      patch setters                    becomes
+==============  ===============================  ==========================================================
+``resid_pre``   ``layer_pos``                    the layer before's hidden state; noise on the embedding at 0
+``resid_post``  ``layer_pos``                    the layer's hidden state
+``attn_out``    ``layer_pos``                    the attention's output
+``mlp_out``     ``layer_pos``                    the MLP's output
+``z``           ``layer_pos``, ``layer_head``,   the attention's output, projected from the patched head values
+                ``layer_pos_head``
+==============  ===============================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.decoder import decoder_of, on_packed
+from ..errors import BackendError
+from ..patch import Patch
+from ..sites import part_sites
+from .base import Backend, Sweep
+
+Metric = Callable[[Tensor], Any]
+
+_KINDS = {"resid_pre": "hidden", "resid_post": "hidden", "attn_out": "self_attn", "mlp_out": "mlp", "z": "self_attn"}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of one sweep over one corrupted prompt.
+
+    Attributes:
+        tokens: the corrupted prompt, ``[T]``.
+        runs: one patch a cell.
+        noise: ``[S, T, D]`` where the embedding is patched: a noise sample takes the place of a run.
+    """
+
+    tokens: Tensor
+    runs: Sequence[Patch | tuple[()]]
+    noise: Tensor | None
+
+
+class TransformerLensBackend(Backend[Cells]):
+    """Final states of patched runs; `generic_activation_patch` turns them into what the metric says.
+
+    Args:
+        bridge: a ``TransformerBridge`` without weight processing.
+        batch_size: cells whose final states are held at once.
+
+    Raises:
+        BackendError: a model that is no bridge, or whose weights TransformerLens has processed.
+    """
+
+    def __init__(self, bridge: Any, batch_size: int = 256) -> None:
+        original = getattr(bridge, "original_model", None)
+        if original is None:
+            raise BackendError(f"{type(bridge).__name__} is no TransformerBridge: load one with boot_transformers")
+        if getattr(bridge, "compatibility_mode", False):
+            raise BackendError("the bridge is in compatibility mode, which changes its weights: boot one without it")
+        super().__init__(unwrapped(original), batch_size)
+
+    def sweep(self, request: Cells) -> Sweep:
+        base = "clean" if request.noise is None else "corrupted"
+        return Sweep(request.tokens, request.runs, request.noise, base)
+
+    def score(self, request: Cells, states: Tensor) -> Tensor:
+        return states.transpose(0, 1).flatten(0, 1)
+
+    @cached_property
+    def _sites(self) -> dict[tuple[str, int], str]:
+        return {(site.kind, site.layer): site.name for site in part_sites(self.model, "model")}
+
+    def cells(
+        self, tokens: Tensor, clean: Mapping[str, Tensor], name: str, indices: Sequence[Sequence[int]], setter: str
+    ) -> list[tuple[list[int], Cells]]:
+        """The cells of a sweep as requests, each with the cells' numbers.
+
+        Args:
+            tokens: one corrupted prompt ``[T]``.
+            clean: its row of the clean cache, by hook name.
+            name: the activation.
+            indices: ``[layer, pos]``, ``[layer, pos, head]`` or ``[layer, head]`` of each cell.
+            setter: which of these, by the setter's name without ``_patch_setter``.
+        """
+        from transformer_lens.utilities import get_act_name
+
+        runs: list[Patch | tuple[()]] = []
+        embedded: list[int] = []
+        ours: list[int] = []
+        for cell, index in enumerate(indices):
+            layer = int(index[0])
+            value = clean[get_act_name(name, layer=layer)]
+            if name == "resid_pre" and layer == 0:
+                embedded.append(cell)
+                continue
+            ours.append(cell)
+            site = self._sites[_KINDS[name], layer - (name == "resid_pre")]
+            if name == "z":
+                runs.append(self._head_patch(site, tokens, layer, value, index, setter))
+            else:
+                runs.append(Patch(site, [int(index[1])], source=value[int(index[1])]))
+        requests = [(ours, Cells(tokens, runs, None))] if runs else []
+        if embedded:
+            noise = self._embedding_noise(tokens, clean[get_act_name(name, layer=0)], [indices[c][1] for c in embedded])
+            requests.append((embedded, Cells(tokens, [()], noise)))
+        return requests
+
+    def logits_of(
+        self,
+        tokens: Tensor,
+        clean_cache: Any,
+        name: str,
+        indices: Sequence[Sequence[int]],
+        setter: str,
+        positions: Sequence[int] | None,
+    ) -> Iterator[Tensor]:
+        """Logits of each cell, ``[batch, T, vocabulary]``, NaN at tokens that are not among ``positions``."""
+        from transformer_lens.utilities import get_act_name
+
+        rows, length = tokens.shape
+        for start in range(0, len(indices), self.batch_size):
+            chunk = indices[start : start + self.batch_size]
+            states = torch.empty(len(chunk), rows, length, self.embedding_width, dtype=self.model.dtype)
+            names = {get_act_name(name, layer=int(index[0])) for index in chunk}
+            for row, prompt in enumerate(tokens):
+                clean = {key: clean_cache[key][min(row, len(clean_cache[key]) - 1)] for key in names}
+                for numbers, request in self.cells(prompt, clean, name, chunk, setter):
+                    states[numbers, row] = self.run(request)
+            for cell in states.to(tokens.device):
+                if positions is None:
+                    yield self.logits(cell)
+                else:
+                    read = self.logits(cell[:, positions])
+                    logits = read.new_full((rows, length, read.shape[-1]), float("nan"))
+                    logits[:, positions] = read
+                    yield logits
+
+    def _head_patch(
+        self, site: str, tokens: Tensor, layer: int, value: Tensor, index: Sequence[int], setter: str
+    ) -> Patch:
+        """Head values ``[T, H, d]`` of one layer, patched and projected."""
+        position = None if setter == "layer_head" else int(index[1])
+        head: Any = {"layer_pos": slice(None), "layer_head": int(index[-1]), "layer_pos_head": int(index[-1])}[setter]
+        where = slice(None) if position is None else slice(position, position + 1)
+        z = self._base_heads(tokens)[layer].view(len(tokens), *value.shape[1:])[where].clone()
+        z[:, head] = value[where, head].to(z)
+        projected = on_packed(self._decoder(len(tokens)).layers[layer].out, z.flatten(1))
+        return Patch(
+            site, None if position is None else [position], source=projected if position is None else projected[0]
+        )
+
+    def _embedding_noise(self, tokens: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:
+        embedded = self._decoder(len(tokens)).embed(tokens, None)
+        noise = embedded.new_zeros(len(positions), *embedded.shape)
+        for sample, position in enumerate(positions):
+            noise[sample, position] = value[position].to(embedded) - embedded[position]
+        return noise
+
+    def _decoder(self, length: int) -> Any:
+        return decoder_of(self.model, length, None)
+
+    def _base_heads(self, tokens: Tensor) -> list[Tensor]:
+        """The base run's head values before the output projection, ``[T, H x d]`` by layer."""
+        key = tuple(tokens.tolist())
+        if getattr(self, "_heads_of", None) != key:
+            seen: list[Tensor] = []
+            layers = self._decoder(len(tokens)).layers
+            handles = [layer.out.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for layer in layers]
+            try:
+                self.model(input_ids=tokens[None])
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._heads_of, self._heads = key, seen
+        return self._heads
+
+
+@torch.no_grad()
+def generic_activation_patch(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Any,
+    patching_metric: Metric | Mapping[str, Metric],
+    patch_setter: Callable[..., Tensor],
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: Any = None,
+    return_index_df: bool = False,
+    *,
+    reduce: str = "scalar",
+    baseline: bool = False,
+    batch_size: int = 256,
+    logit_positions: Sequence[int] | None = None,
+) -> Any:
+    """`transformer_lens.patching.generic_activation_patch` in packed passes; see there for what is not said here.
+
+    Args:
+        model: a ``TransformerBridge``.
+        corrupted_tokens: ``[batch, T]``.
+        batch_size: cells whose final states are held at once.
+        logit_positions: the only tokens whose logits the metric reads, such as ``[-1]``: the others are NaN, and their
+            head is not computed, which is most of the cost where the vocabulary is large.
+
+    Returns:
+        What TransformerLens returns: a tensor, a tensor with the index, or a ``PatchingResult``.
+
+    Raises:
+        BackendError: a model that is no bridge, or one in compatibility mode.
+    """
+    from transformer_lens import patching
+
+    setters = {
+        getattr(patching, f"{name}_patch_setter"): name
+        for name in ("layer_pos", "layer_head_vector", "layer_pos_head_vector")
+    }
+    setter = setters.get(patch_setter, "").removesuffix("_vector")
+    served = activation_name in _KINDS and setter and (setter == "layer_pos" or activation_name == "z")
+    if not served:
+        warnings.warn(
+            f"{getattr(patch_setter, '__name__', patch_setter)} on {activation_name!r} is not one that fasttrace "
+            "batches: running in TransformerLens, one forward a cell",
+            stacklevel=2,
+        )
+        return patching.generic_activation_patch(
+            model, corrupted_tokens, clean_cache, patching_metric, patch_setter, activation_name,
+            index_axis_names, index_df, return_index_df, reduce=reduce, baseline=baseline,
+        )  # fmt: skip
+
+    indices = _indices(model, corrupted_tokens, index_axis_names, index_df)
+    backend = TransformerLensBackend(model, batch_size)
+    logits = backend.logits_of(corrupted_tokens, clean_cache, activation_name, indices, setter, logit_positions)
+    return patching.generic_activation_patch(
+        _Replay(model, logits), corrupted_tokens, clean_cache, patching_metric, patch_setter, activation_name,
+        index_axis_names, index_df, return_index_df, reduce=reduce, baseline=baseline,
+    )  # fmt: skip
+
+
+class _Replay:
+    """A model whose patched runs are done already: TransformerLens asks for them one by one and does the rest."""
+
+    def __init__(self, model: Any, logits: Iterator[Tensor]) -> None:
+        self._model = model
+        self._logits = logits
+        self.training = model.training
+
+    @property
+    def cfg(self) -> Any:
+        return self._model.cfg
+
+    def run_with_hooks(self, tokens: Tensor, fwd_hooks: Sequence[Any]) -> Tensor:
+        logits: Tensor = next(self._logits) if fwd_hooks else self._model.run_with_hooks(tokens, fwd_hooks=[])
+        return logits
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.run_with_cache(*args, **kwargs)
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.to_tokens(*args, **kwargs)
+
+
+def _indices(model: Any, tokens: Tensor, names: Sequence[str] | None, table: Any) -> list[list[int]]:
+    """Index of each cell in TransformerLens' order: the rows of a table, or all combinations, the last axis fastest."""
+    if table is not None:
+        rows: list[list[int]] = table.to_numpy().tolist()
+        return rows
+    heads, length = model.cfg.n_heads, tokens.shape[-1]
+    sizes = {"layer": model.cfg.n_layers, "pos": length, "head_index": heads, "head": heads}
+    return [list(index) for index in itertools.product(*(range(sizes[name]) for name in names or ()))]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The plain model inside a bridge: its own modules in place of TransformerLens' wrappers, sharing every weight."""
+    while "_original_component" in module._modules:
+        inner = module._modules["_original_component"]
+        assert inner is not None
+        module = inner
+    plain: nn.Module = object.__new__(type(module))
+    plain.__dict__ = {**module.__dict__, "_modules": {}}
+    for name, child in module._modules.items():
+        plain._modules[name] = None if child is None else unwrapped(child)
+    return plain
