@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .restore import ADD, KEEP
+from .attention_restore import is_read
 
 
 def zero_unread(value: Tensor, source: Tensor | None) -> Tensor:
     """Zero positions of ``value [B, P, F]`` that nothing reads."""
     if source is None:
         return value
-    own = torch.arange(value.shape[0], device=value.device)[:, None]
-    read = (source == KEEP) | (source <= ADD) | (source == own)
-    return torch.where(read[..., None], value, torch.zeros((), dtype=value.dtype, device=value.device))
+    return torch.where(is_read(source)[..., None], value, 0)
 
 
 def check_up(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, source: Tensor | None, parts: int) -> None:
