@@ -99,8 +99,8 @@ def distinct_runs(index: int, request: UNetRequest, texts: dict[str | None, int]
                 stops[source] = max(stops[source], max(_steps(patch, request.steps)) + 1)
         results.append(len(runs))
         runs.append(Run(base_name, base, patches, start, request.steps))
-    for index, stop in enumerate(stops):
-        runs[index] = replace(runs[index], stop=stop)
+    for place, stop in enumerate(stops):
+        runs[place] = replace(runs[place], stop=stop)
     return Group(index, request, runs, results, plain, texts)
 
 
