@@ -48,9 +48,14 @@ def picture_grid(
     columns = max((len(pictures) for _, pictures in rows), default=0)
     if columns == 0:
         raise StudyError("a picture grid needs at least one picture")
-    fig = style.figure(max(1.55 * columns + 1.2, 6.0), 2.0 * len(rows) + 1.1)
-    axes = fig.subplots(len(rows), columns, squeeze=False)
-    for (label, pictures), line in zip(rows, axes, strict=True):
+    # A title that stands over every picture of a column is written once, at the top.
+    titles = [[picture.title for picture in pictures] for _, pictures in rows]
+    shared = all(line == titles[0] for line in titles)
+    lines = 1 + max(title.count("\n") for line in titles for title in line)
+    height = 1.85 * len(rows) + 0.17 * lines * (1 if shared else len(rows))
+    fig = style.figure(max(1.55 * columns + 1.2, 6.0), height + 1.0)
+    axes = fig.subplots(len(rows), columns, squeeze=False, gridspec_kw={"hspace": 0.0})
+    for place, ((label, pictures), line) in enumerate(zip(rows, axes, strict=True)):
         for index, axis in enumerate(line):
             axis.set_xticks([])
             axis.set_yticks([])
@@ -59,7 +64,8 @@ def picture_grid(
                 continue
             picture = pictures[index]
             axis.imshow(picture.image, interpolation="nearest" if picture.image.shape[0] <= 128 else "antialiased")
-            axis.set_title(picture.title, fontsize=8.5, color=picture.color, fontweight="bold")
+            if place == 0 or not shared:
+                axis.set_title(picture.title, fontsize=8.5, color=picture.color, fontweight="bold")
             if picture.score is not None:
                 axis.set_xlabel(number(picture.score), fontsize=9, color=style.INK, labelpad=3)
             for spine in axis.spines.values():

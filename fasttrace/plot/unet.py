@@ -95,8 +95,9 @@ def draw_profile(fig: Any, effects: Effects) -> None:
         order = list(dict.fromkeys(part.assign(d=depth).sort_values("site", key=_network_ranks)["d"]))
         result = chosen.aie(by=["kind", "depth"])
         for kind in [kind for kind in KIND_NAMES if kind in set(result["kind"])]:
-            line = result[result["kind"] == kind].set_index("depth").reindex(order).reset_index()
-            x = np.arange(len(order))
+            line = result[result["kind"] == kind].set_index("depth")
+            line = line.loc[[label for label in order if label in line.index]]  # not every block has every kind
+            x = [order.index(label) for label in line.index]
             color = style.COLORS[kind]
             axis.plot(x, line["aie"], color=color, marker="o", markersize=4, linewidth=1.8, label=KIND_NAMES[kind])
             axis.fill_between(x, line["low"], line["high"], color=color, alpha=0.13, linewidth=0)
