@@ -217,7 +217,17 @@ def _batches(requests: Sequence[UNetRequest]) -> list[list[UNetRequest]]:
 
 def plan_summary(requests: Sequence[UNetRequest]) -> UNetPlanSummary:
     """Count runs, forwards, operations and memory of `trace_unet_many` on these requests; no forward pass."""
-    runs = sum(2 + len(request.runs) for request in requests)
-    rows = sum((2 + len(request.runs)) * request.steps * request.branches for request in requests)
-    three = sum(3 * len(request.runs) * request.steps * request.branches for request in requests)
-    return UNetPlanSummary(runs, rows, rows, rows, three, 0.0, 0)
+    from .unet_summary import count
+
+    counts = [count(batch) for batch in _batches(requests)]
+    once = [(2 + len(request.runs)) * request.steps * request.branches for request in requests]
+    anew = [3 * len(request.runs) * request.steps * request.branches for request in requests]
+    return UNetPlanSummary(
+        runs=sum(one[0] for one in counts),
+        forwards=sum(one[1] for one in counts),
+        rows=sum(one[2] for one in counts),
+        naive_shared=sum(once),
+        naive_three=sum(anew),
+        tflop=sum(one[3] for one in counts) / 1e12,
+        memory_bytes=max((one[4] for one in counts), default=0),
+    )

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..pipeline import Condition
+from .memory import BatchSize, is_out_of_memory
 from .oracle import timestep_condition
 from .shadow import shadow_of
+from .unet_cost import UNetCost, unet_cost
 from .unet_forward import CallInputs, Model, Texts, call_unet
 from .unet_patch import Cache
 from .unet_plan import CallPlan, plan_calls, site_order
@@ -17,7 +19,6 @@ from .unet_request import UNetRequest, site_resolution
 from .unet_runs import Key, Row
 from .unet_units import flat_units, has_hooks, text_keys
 
-DEFAULT_BATCH = 64
 JOINING_BATCH = 4
 """Rows of a call from which it pays to have a parent in it for the sake of rows that join."""
 
@@ -35,7 +36,7 @@ class UNetCalls:
         self._progress = progress or (lambda rows: None)
         self._order = site_order(request.pipe.unet)
         self._sites = {name: site for one in requests for name, site in one.sites.items()}
-        self._budget = request.max_batch or DEFAULT_BATCH
+        self._batch = batch_size(request)
         conditions: list[Condition] = []
         self.texts_of: list[dict[str | None, int]] = []
         for one in requests:
@@ -57,8 +58,8 @@ class UNetCalls:
             None if guidance is None else guidance.to(self._dtype),
             any(has_hooks(module) for module in unet.modules()),
         )
-        self.joins = units is not None and self._budget >= JOINING_BATCH
-        self._planned: tuple[list[Row], list[CallPlan]] = ([], [])
+        self.joins = units is not None and self._batch.rows >= JOINING_BATCH
+        self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
     def run(self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """The UNet's output ``[C, h, w]`` of each row.
@@ -69,30 +70,61 @@ class UNetCalls:
             timesteps: of each row.
         """
         outputs: dict[Key, Tensor] = {}
+        todo = rows
+        while todo:
+            try:
+                self._run(todo, inputs, timesteps, outputs)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self._batch.halve():
+                    raise
+            # What is finished stays, but for the rows that unfinished ones copy from.
+            rest = [row for row in rows if row.key not in outputs]
+            read = {key for row in rest for key in (row.parent, *(source for _, source in row.patches))}
+            todo = [row for row in rows if row.key not in outputs or row.key in read]
+        return outputs
+
+    def _run(
+        self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor], outputs: dict[Key, Tensor]
+    ) -> None:
         cache: Cache = {}
+        latents = self._request.latents
         for plan in self._plans(rows):
             roots = plan.rows[: plan.roots]
             times = [timesteps[row.key] for row in roots]
             call = CallInputs(
                 torch.stack([inputs[row.key] for row in roots]).to(self._dtype, memory_format=torch.channels_last),
                 torch.stack(times[:1] if all(time is times[0] for time in times) else times),
-                torch.tensor([row.text for row in plan.rows], device=self._request.latents.device),
+                torch.tensor([row.text for row in plan.rows], device=latents.device),
             )
-            output = call_unet(self._model, call, plan, cache).to(self._request.latents.dtype)
+            output = call_unet(self._model, call, plan, cache).to(latents.dtype)
             outputs |= {row.key: value for row, value in zip(plan.rows, output, strict=True)}
             for spent in plan.spent:
                 del cache[spent]
             self._progress(len(plan.rows))
-        return outputs
 
     def _plans(self, rows: list[Row]) -> list[CallPlan]:
         """Plans of the same rows are kept: most steps of ``free`` repeat the one before."""
-        if rows != self._planned[0]:
-            plans = plan_calls(rows, self._budget, self._order, self._positions, self._request.latents.device)
-            self._planned = (rows, plans)
-        return self._planned[1]
+        if (rows, self._batch.rows) != self._planned[:2]:
+            device = self._request.latents.device
+            plans = plan_calls(rows, self._batch.rows, self._order, self._positions, device)
+            self._planned = (rows, self._batch.rows, plans)
+        return self._planned[2]
 
     def _positions(self, name: str) -> int:
         size = (self._request.latents.shape[1], self._request.latents.shape[2])
         height, width = site_resolution(self._request.pipe.unet, self._sites[name], size)
         return height * width
+
+
+def batch_size(request: UNetRequest) -> BatchSize:
+    """The batch size for requests like this one."""
+    size = (request.latents.shape[1], request.latents.shape[2])
+    unet = request.pipe.unet
+    return BatchSize(unet, cost_of(request), size, request.dtype or request.latents.dtype, request.max_batch)
+
+
+def cost_of(request: UNetRequest) -> UNetCost:
+    """What one row of a request's UNet costs."""
+    size = (request.latents.shape[1], request.latents.shape[2])
+    return unet_cost(request.pipe.unet, size, request.conditions["clean"].embeds.shape[0])

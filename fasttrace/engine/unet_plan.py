@@ -80,6 +80,11 @@ def site_order(unet: Any) -> dict[str, int]:
     return {f"unet.{name}": place for place, name in enumerate(names)}
 
 
+def joining_site(row: Row, order: dict[str, int]) -> str:
+    """The first site at which a row differs from its parent."""
+    return min((patch.site for patch, _ in row.patches), key=order.__getitem__)
+
+
 def pack(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     """Cut rows into calls of nearly equal size, at most ``budget`` rows each.
 
@@ -148,14 +153,14 @@ def _plan_call(
     positions: Callable[[str], int],
     device: torch.device,
 ) -> CallPlan:
-    def joins_at(row: Row) -> int:
-        return min(order[patch.site] for patch, _ in row.patches)
-
     roots = [row for row in rows if row.parent is None]
-    joiners = sorted((row for row in rows if row.parent is not None), key=joins_at)
+    joiners = sorted((row for row in rows if row.parent is not None), key=lambda row: order[joining_site(row, order)])
     ordered = roots + joiners
     index = {row.key: number for number, row in enumerate(ordered)}
     parents = [index[row.key if row.parent is None else row.parent] for row in ordered]
+    joining: dict[str, list[int]] = {}
+    for number in range(len(roots), len(ordered)):
+        joining.setdefault(joining_site(ordered[number], order), []).append(number)
     by_site: dict[str, list[int]] = {}
     for number, row in enumerate(ordered):
         for site in dict.fromkeys(patch.site for patch, _ in row.patches):
@@ -166,7 +171,7 @@ def _plan_call(
     alive = len(roots)
     for site in sorted(by_site, key=order.__getitem__):
         plan = sites.setdefault(site, SitePlan())
-        joined = [number for number in range(alive, len(ordered)) if joins_at(ordered[number]) == order[site]]
+        joined = joining.get(site, [])
         if joined:
             plan.joined = torch.tensor([parents[number] for number in joined], device=device)
         alive += len(joined)
