@@ -230,7 +230,7 @@ def _step_windows(given: dict[str, Any], count: int) -> tuple[Steps, ...]:
         raise StudyError(f"steps={given!r}: expected a width from 1 to {count} and a stride of at least 1")
     starts = range(0, count - width + 1, stride)
     windows = [tuple(range(start, start + width)) for start in starts]
-    if windows[-1][-1] + 1 < count:  # no step is left out: the last window is shorter
+    if max(windows[-1][-1] + 1, starts[-1] + stride) < count:  # no step is left out: the last window is shorter
         windows.append(tuple(range(starts[-1] + stride, count)))
     return tuple(windows)
 

@@ -30,6 +30,8 @@ _PLAIN = (
 )  # fmt: skip
 _NEEDED = ("format", "prompts", "seeds", "sites", "corruption", "sigma", "metrics", "model")
 _PROMPT_FIELDS = ("id", "attribute", "text", "subject", "span", "target", "seeds")
+# What a record says beyond the study's own arguments.
+_RESULTING = ("model", "versions", "computed")
 # What a record says about where it was made, without effect on what is made.
 CIRCUMSTANCES = ("versions",)
 
@@ -91,7 +93,7 @@ def read_study(path: Path, pipe: Any, overrides: Mapping[str, Any]) -> Study:
 
     path = path / RECORD if path.is_dir() else path
     record = read_json(path)
-    known = {field.name for field in dataclasses.fields(Study)} | {"format", "model", "versions"}
+    known = {field.name for field in dataclasses.fields(Study)} | {"format", *_RESULTING}
     if not isinstance(record, dict):
         raise StudyError(f"{path} holds a {type(record).__name__}: expected the object that a study writes")
     unknown = sorted(set(record) - known)
@@ -108,7 +110,7 @@ def read_study(path: Path, pipe: Any, overrides: Mapping[str, Any]) -> Study:
             f"{path} was made with another model, {was}; this one is {model} with other weights: load the same weights "
             "in the same dtype"
         )
-    settings = {name: value for name, value in record.items() if name not in ("format", "model", "versions")}
+    settings = {name: value for name, value in record.items() if name not in ("format", *_RESULTING)}
     settings["prompts"] = [_prompt(path, index, entry) for index, entry in enumerate(record["prompts"])]
     settings["corruption"] = _built(path, "corruption", GaussianNoise, record["corruption"])
     settings["sites"] = _sites(record["sites"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..plan import Plan
 from ..study import INJECT
-from .job import Job
+from .job import Job, Options
 from .unet import plan_summary
 
 
@@ -59,7 +59,7 @@ def estimate(plan: Plan) -> Estimate:
     """Count groups, runs, UNet forwards, operations and memory of a study; no forward pass of the UNet."""
     study, groups = plan.study, plan.groups
     forwards, naive, tflop, naive_tflop, memory = 0.0, 0, 0.0, 0.0, 0
-    job = Job(plan, "fast", None) if study.needs_unet else None
+    job = Job(plan, Options()) if study.needs_unet else None
     for prompt in plan.prompts if job is not None else ():
         count = sum(group.plan is prompt for group in groups)
         assert job is not None

@@ -52,12 +52,25 @@ class Traced:
     trace: UNetTrace | None
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a study is computed; see `fasttrace.run`."""
+
+    engine: str = "fast"
+    max_batch: int | None = None
+    dtype: torch.dtype | None = None
+    compile: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """What of it decides the results beyond rounding, and the engine."""
+        return {"engine": self.engine, "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch.")}
+
+
 class Job:
     """A study being run."""
 
-    def __init__(self, plan: Plan, engine: str, max_batch: int | None) -> None:
-        self.plan, self.study = plan, plan.study
-        self._engine, self._max_batch = engine, max_batch
+    def __init__(self, plan: Plan, options: Options) -> None:
+        self.plan, self.study, self._options = plan, plan.study, options
         self._states: tuple[str, TextStates] | None = None
         self._negative = encode_negative(self.study.pipe, self.study.negative_prompt) if self.study.needs_unet else None
 
@@ -123,7 +136,7 @@ class Job:
     def _text(self, plan: PromptPlan) -> TextStates:
         """Text states of a prompt, kept while its groups come one after another."""
         if self._states is None or self._states[0] != plan.prompt.id:
-            self._states = plan.prompt.id, text_states(self.study, plan, self._means[0], self._engine)
+            self._states = plan.prompt.id, text_states(self.study, plan, self._means[0], self._options.engine)
         return self._states[1]
 
     def _request(self, piece: Piece, states: TextStates, counting: bool = False) -> UNetRequest:
@@ -155,7 +168,8 @@ class Job:
         return unet_request(
             study.traced_pipe, clean.embeds, corrupted.embeds, patches, None, seed, study.num_inference_steps,
             study.guidance_scale, None if negative is None else negative.embeds, _added(clean), _added(corrupted),
-            None if negative is None else _added(negative), sources, bases, study.protocol, study.eta, self._max_batch,
+            None if negative is None else _added(negative), sources, bases, study.protocol, study.eta,
+            self._options.max_batch, self._options.compile, self._options.dtype,
         )  # fmt: skip
 
     def _patches(self, run: Run, counting: bool) -> tuple[Patch, ...]:
@@ -177,17 +191,18 @@ class Job:
         study = self.study
         if not study.source.startswith(INJECT):
             told.of(plan_summary(requests).rows)
-            yield from trace_unet_many(requests, engine=self._engine, progress=told)
+            yield from trace_unet_many(requests, engine=self._options.engine, progress=told)
             return
         one = requests[0].steps * requests[0].branches
         told.of(one * sum(len(piece.runs) for piece in batch))
-        rows = 1 if self._engine == "oracle" else max(1, (self._max_batch or 32) // requests[0].branches)
+        most = 1 if self._options.engine == "oracle" else self._options.max_batch or 32
+        rows = max(1, most // requests[0].branches)
         for piece, request, own in zip(batch, requests, states, strict=True):
             plan, sample = piece.group.plan, piece.group.noise_sample
             base = own.clean if study.base == "clean" else own.corrupted[sample]
             other = encode_prompt(study.pipe, study.text_of(study.source, plan.prompt))
             chosen = [(plan.runs[index].site_set.sites, plan.runs[index].steps) for index in piece.runs]
-            ends = run_request(request, self._engine)
+            ends = run_request(request, self._options.engine)
             yield UNetTrace(ends.clean, ends.corrupted, trace_injected(request, base, other, chosen, rows, told))
 
     @cached_property

@@ -17,7 +17,7 @@ from ..store import PARTIAL, RECORD, Shards, check_same, content_hash, load_effe
 from ..study import Study
 from ..study_json import CIRCUMSTANCES, study_record
 from ..table import canonical_order
-from .job import Job
+from .job import Job, Options
 from .pictures import save_pictures
 from .scoring import GroupScores, table_rows
 
@@ -29,6 +29,8 @@ def run(
     *,
     progress: bool = True,
     max_batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
     pictures: int = 2,
     overwrite: bool = False,
 ) -> Effects:
@@ -41,6 +43,8 @@ def run(
             it stopped, and a finished one is read. Nothing is written if it is ``None``.
         progress: show a progress bar.
         max_batch: most rows of one UNet call; the engine's own choice if not given.
+        dtype: what the fast engine's UNet computes in, where not in its own dtype.
+        compile: run the fast engine's UNet as a compiled graph where it can.
         pictures: for each group, keep pictures of its clean run, its corrupted run, and this many runs each with the
             strongest and the weakest mean effect; 0 for none.
         overwrite: replace what ``out`` holds.
@@ -49,9 +53,10 @@ def run(
         StudyError: ``out`` holds another study.
         NumericsError: a run that is not finite.
     """
-    plan, record = study.plan(), study_record(study)
+    plan, options = study.plan(), Options(engine, max_batch, dtype, compile)
+    record = study_record(study) | {"computed": options.record()}
     if out is None:
-        return Effects(_table(_Run(plan, engine, max_batch, None, {}), progress), record)
+        return Effects(_table(_Run(plan, options, None, {}), progress), record)
     folder = Path(out)
     settings = _settings(record)
     if not overwrite and (folder / RECORD).is_file():
@@ -60,7 +65,7 @@ def run(
             return Effects(*load_effects(folder))
     new = not folder.exists()
     shards = Shards(folder, settings, overwrite)
-    job = _Run(plan, engine, max_batch, shards, settings)
+    job = _Run(plan, options, shards, settings)
     try:
         effects = Effects(_table(job, progress), record)
     except BaseException:
@@ -76,11 +81,9 @@ def run(
 class _Run:
     """A plan on its way: the job, and what is kept of its groups."""
 
-    def __init__(
-        self, plan: Plan, engine: str, max_batch: int | None, shards: Shards | None, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, plan: Plan, options: Options, shards: Shards | None, settings: dict[str, Any]) -> None:
         self.plan, self.shards = plan, shards
-        self._engine, self._max_batch, self._settings = engine, max_batch, settings
+        self._options, self._settings = options, settings
 
     def key(self, group: Group) -> str:
         """A name for a group's results: everything that decides them."""
@@ -98,7 +101,7 @@ class _Run:
         """Run groups, and keep each when its last piece is scored."""
         study, tables = self.plan.study, []
         under_way = GroupScores([], [])
-        for traced in Job(self.plan, self._engine, self._max_batch).trace(groups, bar.update):
+        for traced in Job(self.plan, self._options).trace(groups, bar.update):
             under_way.add(study, traced, keep_latents=self.shards is not None)
             if not traced.piece.last:
                 continue

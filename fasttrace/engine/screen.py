@@ -10,7 +10,7 @@ from ..errors import StudyError
 from ..plan import Plan, PromptPlan
 from ..screening import Screening, screening
 from ..study import Study
-from .job import Job
+from .job import Job, Options
 from .scoring import score
 
 
@@ -44,7 +44,7 @@ def screen(
     groups = plan.groups
     scores = []
     with tqdm(total=len(groups), desc="screening", unit="group", disable=not progress) as bar:
-        for traced in Job(plan, engine, max_batch).trace(groups, lambda _: None):
+        for traced in Job(plan, Options(engine, max_batch)).trace(groups, lambda _: None):
             group = traced.piece.group
             clean, corrupted = score(study, traced)[0, :2]
             scores.append((group.plan.prompt.id, group.seed, float(clean), float(corrupted)))
