@@ -1,0 +1,186 @@
+"""`FastIntervenable` against pyvene's own ``IntervenableModel``, side by side on random tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fasttrace as ft
+from fasttrace.errors import BackendError
+from tests.backends.language_models import VOCABULARY, language_model
+
+pv = pytest.importorskip("pyvene", reason="needs the backends extra: pip install 'fasttrace[backends]'")
+backend = pytest.importorskip("fasttrace.backends.pyvene")
+
+FAMILIES = ("gpt2", "llama", "qwen2")
+BATCH, LENGTH, WIDTH = 2, 8, 32
+
+
+def inputs(seed: int, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids}
+
+
+def component(kind: str, layer: int, intervention: Any, **options: Any) -> dict[str, Any]:
+    return {"layer": layer, "component": kind, "unit": "pos", "intervention_type": intervention, **options}
+
+
+BY_POSITION = {"sources->base": ([[[1], [2]], [[5], [5]]], [[[3], [2]], [[5], [6]]])}
+FOUR = {"base": [[[1, 2, 3, 4]] * BATCH]}
+
+CASES: dict[str, tuple[list[dict[str, Any]], Any, Any]] = {
+    "interchange, one position": ([component("block_output", 1, pv.VanillaIntervention)], {"sources->base": 4}, 1),
+    "interchange, other position": ([component("mlp_output", 0, pv.VanillaIntervention)], {"sources->base": (2, 5)}, 1),
+    "interchange, several units": (
+        [component("attention_output", 1, pv.VanillaIntervention, max_number_of_units=3)],
+        {"sources->base": [1, 4, 6]},
+        1,
+    ),
+    "interchange, two sources": (
+        [component("block_output", 0, pv.VanillaIntervention), component("mlp_output", 2, pv.VanillaIntervention)],
+        BY_POSITION,
+        2,
+    ),
+    "a block's input": ([component("block_input", 2, pv.VanillaIntervention)], {"sources->base": 3}, 1),
+    "zero": ([component("attention_output", 1, pv.ZeroIntervention)], {"base": 4}, 0),
+    "noise": ([component("block_output", 0, pv.NoiseIntervention)], FOUR, 0),
+    "addition": ([component("mlp_output", 1, pv.AdditionIntervention)], {"sources->base": 4}, 1),
+    "subtraction": ([component("block_output", 1, pv.SubtractionIntervention)], {"sources->base": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_intervention_equals_pyvenes_own(family: str, case: str) -> None:
+    model = language_model(family, torch.float32)
+    representations, locations, count = CASES[case]
+    base, sources = inputs(0), [inputs(seed + 1) for seed in range(count)] or None
+    config = pv.IntervenableConfig(representations)
+    with torch.no_grad():
+        _, expected = pv.IntervenableModel(config, model)(base, sources, locations)
+        plain = model(**base).logits
+    _, found = backend.FastIntervenable(config, model)(base, sources, locations)
+    scale = expected.logits.abs().max().item()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5 * scale)
+    assert (expected.logits - plain).abs().max() > 1e-2 * scale, "the intervention must matter"
+
+
+def test_given_representations_take_the_place_of_sources() -> None:
+    model, base = language_model("llama", torch.float32), inputs(0)
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    own, ours = pv.IntervenableModel(config, model), backend.FastIntervenable(config, model)
+    values = torch.randn(BATCH, 1, WIDTH)
+    for given in (values, [values], {own.sorted_keys[0]: values}):
+        # Ours goes first: pyvene empties a dictionary that it is given.
+        _, found = ours(base, None, {"sources->base": (None, 3)}, source_representations=given)
+        with torch.no_grad():
+            _, expected = own(base, None, {"sources->base": (None, 3)}, source_representations=given)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-4)
+
+
+def test_outputs_come_in_pyvenes_forms() -> None:
+    model, base, source = language_model("gpt2", torch.float32), inputs(0), inputs(1)
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    call = {"base": base, "sources": [source], "unit_locations": {"sources->base": 4}, "output_original_output": True}
+    found = backend.FastIntervenable(config, model)(**call, return_dict=True)
+    with torch.no_grad():
+        expected = pv.IntervenableModel(config, model)(**call, return_dict=True)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found.original_outputs.logits, expected.original_outputs.logits, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        found.intervened_outputs.logits, expected.intervened_outputs.logits, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_a_sweep_equals_its_cells_whatever_the_batch_size() -> None:
+    model, base, source = language_model("gpt2", torch.float32), inputs(0), inputs(1)
+    cells = [
+        (pv.IntervenableConfig([component(kind, layer, pv.VanillaIntervention)]), {"sources->base": position})
+        for kind in ("block_output", "mlp_output")
+        for layer in range(3)
+        for position in range(LENGTH)
+    ]
+    sweeps = [list(backend.intervene_many(model, cells, base, source, batch_size=size)) for size in (5, 100)]
+    assert len(sweeps[0]) == len(cells)
+    for number, (config, locations) in enumerate(cells):
+        with torch.no_grad():
+            _, expected = pv.IntervenableModel(config, model)(base, [source], locations)
+        for sweep in sweeps:
+            torch.testing.assert_close(sweep[number], expected.logits, rtol=1e-5, atol=1e-4)
+    last = list(backend.intervene_many(model, cells[:2], base, source, logit_positions=[-1]))
+    torch.testing.assert_close(last[1][:, 0], sweeps[0][1][:, -1], rtol=1e-5, atol=1e-4)
+
+
+def test_a_config_as_patches_gives_the_same_states() -> None:
+    model, base, source = language_model("llama", torch.float32), inputs(0), inputs(1)
+    config = pv.IntervenableConfig(
+        [component("block_output", 1, pv.VanillaIntervention), component("mlp_output", 2, pv.ZeroIntervention)]
+    )
+    locations = {"sources->base": ([[[4]], None], [[[4]], [[5]]])}
+    patches = backend.to_patches(config, locations, model)
+    assert [(p.positions, p.source) for p in patches] == [((4,), "source0"), ((5,), ft.ZERO)]
+    trace = ft.trace_text(
+        model, base["input_ids"][0], [patches], torch.zeros(LENGTH, WIDTH), base="clean",
+        sources={"source0": source["input_ids"][0]},
+    )  # fmt: skip
+    one = {"input_ids": base["input_ids"][:1]}
+    both = ([[[4]], [[5]]], [[[4]], [[5]]])
+    with torch.no_grad():
+        sources = [{"input_ids": source["input_ids"][:1]}] * 2
+        _, expected = pv.IntervenableModel(config, model)(one, sources, {"sources->base": both})
+        found = model.lm_head(trace.restored[0])
+    torch.testing.assert_close(found, expected.logits[0], rtol=1e-5, atol=1e-4)
+    with pytest.raises(BackendError, match="FastIntervenable"):
+        backend.to_patches(config, {"sources->base": ([[[3]], [[5]]], [[[4]], [[5]]])}, model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_read_no_padding(side: str) -> None:
+    model, base, source = language_model("llama", torch.float32), inputs(0), inputs(1)
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[1, :2] = 0
+    mask = mask.flip(1) if side == "right" else mask
+    base, source = base | {"attention_mask": mask}, source | {"attention_mask": mask}
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    with torch.no_grad():
+        _, expected = pv.IntervenableModel(config, model)(base, [source], {"sources->base": 4})
+    _, found = backend.FastIntervenable(config, model)(base, [source], {"sources->base": 4})
+    real = mask.bool()
+    torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-5, atol=1e-4)
+
+
+def test_the_users_model_stays_as_it_is() -> None:
+    model = language_model("gpt2", torch.float32)
+    parameter = model.transformer.h[0].mlp.c_fc.weight
+    parameter.requires_grad_(True)
+    handle = model.transformer.h[1].register_forward_hook(lambda *_: None)
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    backend.FastIntervenable(config, model)(inputs(0), [inputs(1)], {"sources->base": 4})
+    assert parameter.requires_grad
+    assert list(model.transformer.h[1]._forward_hooks) == [handle.id]
+    handle.remove()
+    parameter.requires_grad_(False)
+
+
+REFUSED = {
+    "component": component("query_output", 1, pv.VanillaIntervention),
+    "first block's input": component("block_input", 0, pv.VanillaIntervention),
+    "intervention": component("block_output", 1, pv.RotatedSpaceIntervention),
+    "collect": component("block_output", 1, pv.CollectIntervention),
+    "unit": {**component("head_attention_value_output", 1, pv.VanillaIntervention), "unit": "h.pos"},
+    "subspace": component("block_output", 1, pv.VanillaIntervention, subspace_partition=[[0, 4]]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_served_names_pyvenes_own_class(case: str) -> None:
+    with pytest.raises(BackendError, match=r"pyvene\.IntervenableModel"):
+        backend.FastIntervenable(pv.IntervenableConfig([REFUSED[case]]), language_model("gpt2", torch.float32))
+
+
+def test_serial_mode_is_refused() -> None:
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)], mode="serial")
+    with pytest.raises(BackendError, match="serial"):
+        backend.FastIntervenable(config, language_model("gpt2", torch.float32))
