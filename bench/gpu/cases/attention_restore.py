@@ -31,7 +31,7 @@ TOY_SHAPES = (
 # None: no source map at all. Otherwise how many of each 8 rows are restored elsewhere.
 RESTORED = (None, 0, 2)
 # Other blocks that may be faster at long self-attention: queries, keys, warps, stages.
-CANDIDATES = ((128, 32, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3))
+CANDIDATES = ((128, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3))
 
 
 def cases(toy: bool = False) -> list[BenchCase]:
