@@ -88,7 +88,7 @@ def find_site(pipe: Any, name: str) -> Site:
     by_name = {site.name: site for site in sites}
     if name in by_name:
         return by_name[name]
-    blocks = {block.name: block for block in _unet_blocks(pipe)}
+    blocks = {block.name: block for block in unet_blocks(pipe)}
     if name in blocks:
         return blocks[name]
     raise SiteError(_unknown(name, [*by_name, *blocks]))
@@ -179,7 +179,8 @@ def _unet_sites(unet: nn.Module) -> Iterator[Site]:
             yield site(f"{inner}.ff", "mlp", transformer.ff)
 
 
-def _unet_blocks(pipe: Any) -> Iterator[Site]:
+def unet_blocks(pipe: Any) -> Iterator[Site]:
+    """Whole transformer and attention blocks of the pipeline's UNet, which are sites by name only."""
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, nn.Module):
         return

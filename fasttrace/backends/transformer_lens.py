@@ -25,13 +25,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.decoder import decoder_of, on_packed
 from ..errors import BackendError
 from ..patch import Patch
 from ..sites import part_sites
 from .base import Backend, Sweep
+from .plain import plain
 
 Metric = Callable[[Tensor], Any]
 
@@ -70,7 +71,7 @@ class TransformerLensBackend(Backend[Cells]):
             raise BackendError(f"{type(bridge).__name__} is no TransformerBridge: load one with boot_transformers")
         if getattr(bridge, "compatibility_mode", False):
             raise BackendError("the bridge is in compatibility mode, which changes its weights: boot one without it")
-        super().__init__(unwrapped(original), batch_size)
+        super().__init__(plain(original), batch_size)
 
     def sweep(self, request: Cells) -> Sweep:
         base = "clean" if request.noise is None else "corrupted"
@@ -279,16 +280,3 @@ def _indices(model: Any, tokens: Tensor, names: Sequence[str] | None, table: Any
     heads, length = model.cfg.n_heads, tokens.shape[-1]
     sizes = {"layer": model.cfg.n_layers, "pos": length, "head_index": heads, "head": heads}
     return [list(index) for index in itertools.product(*(range(sizes[name]) for name in names or ()))]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The plain model inside a bridge: its own modules in place of TransformerLens' wrappers, sharing every weight."""
-    while "_original_component" in module._modules:
-        inner = module._modules["_original_component"]
-        assert inner is not None
-        module = inner
-    plain: nn.Module = object.__new__(type(module))
-    plain.__dict__ = {**module.__dict__, "_modules": {}}
-    for name, child in module._modules.items():
-        plain._modules[name] = None if child is None else unwrapped(child)
-    return plain

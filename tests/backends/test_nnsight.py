@@ -1,0 +1,95 @@
+"""Envoys as addresses of sites, and the cost of a user's own trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fasttrace as ft
+from fasttrace.errors import BackendError, SiteError
+from tests.backends.language_models import VOCABULARY, language_model
+from tests.pipelines import tiny_pipeline
+
+nnsight = pytest.importorskip("nnsight", reason="needs the backends extra: pip install 'fasttrace[backends]'")
+backend = pytest.importorskip("fasttrace.backends.nnsight")
+
+IDS = torch.randint(0, VOCABULARY, (7,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline("tiny-sd15").save_pretrained(folder)
+    return nnsight.DiffusionModel(str(folder), dispatch=True)
+
+
+def test_envoys_of_a_diffusion_model_are_sites(diffusion: Any) -> None:
+    block = diffusion.unet.mid_block.attentions[0].transformer_blocks[0]
+    named = {
+        "unet.mid_block.resnets.0": diffusion.unet.mid_block.resnets[0],
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2": block.attn2,
+        "unet.mid_block.attentions.0.transformer_blocks.0": block,
+        "text_encoder.encoder.layers.1.mlp": diffusion.text_encoder.encoder.layers[1].mlp,
+    }
+    assert [backend.site_of(diffusion, envoy).name for envoy in named.values()] == list(named)
+    with pytest.raises(SiteError, match="conv_in"):
+        backend.site_of(diffusion, diffusion.unet.conv_in)
+
+
+def test_a_sweep_over_envoys_is_the_study_over_their_sites(diffusion: Any) -> None:
+    envoys = [diffusion.unet.mid_block.resnets[0], diffusion.unet.mid_block.resnets[1]]
+    options = {"seeds": [0], "metrics": ["latent_l2"], "num_inference_steps": 2}
+    prompts = [ft.Prompt("a red apple", subject="apple")]
+    effects = backend.sweep(diffusion, envoys, prompts, **options)
+    names = [backend.site_of(diffusion, envoy).name for envoy in envoys]
+    study = ft.Study(backend.pipeline_of(diffusion), prompts=prompts, sites=names, **options)
+    expected = ft.run(study).to_pandas()
+    assert effects.to_pandas()["site"].tolist() == names
+    assert effects.to_pandas()["restored"].tolist() == pytest.approx(expected["restored"].tolist())
+
+
+def test_envoys_of_a_language_model_restore_what_an_nnsight_trace_restores() -> None:
+    language = language_model("gpt2", torch.float32)
+    model = nnsight.NNsight(language)
+    envoys = [model.transformer.h[1], model.transformer.h[0].mlp, model.transformer.h[2].attn]
+    other = IDS.flip(0)
+    noise = torch.zeros(len(IDS), 32)
+    runs = backend.patches(model, envoys, positions=[3], source="other")
+    trace = ft.trace_text(language, IDS, runs, noise, base="clean", sources={"other": other})
+    for envoy, restored in zip(envoys, trace.restored, strict=True):
+        with model.trace(other[None]):
+            value = envoy.output.save()
+        value = (value[0] if isinstance(value, tuple) else value)[0, 3]
+        with model.trace(IDS[None]):
+            output = envoy.output
+            if isinstance(output, tuple):
+                output[0][0, 3] = value
+            else:
+                output[0, 3] = value
+            expected = model.transformer.ln_f.output.save()
+        torch.testing.assert_close(restored, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_cost_of_a_trace_counts_calls_rows_and_flops() -> None:
+    language = language_model("gpt2", torch.float32)
+    model = nnsight.NNsight(language)
+    backend_of = backend.CostBackend(model)
+    with model.trace(IDS.repeat(3, 1), backend=backend_of):
+        model.transformer.h[0].mlp.output[:] = 0
+        states = model.transformer.h[2].output.save()
+    cost = backend_of.cost
+    assert len(states) == 3
+    assert cost.forwards == {site.name: 1 for site in backend._all_sites(model)}
+    assert set(cost.rows.values()) == {3}
+    per_token = 2 * (3 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * VOCABULARY)
+    assert per_token * 3 * len(IDS) <= cost.flops <= 1.2 * per_token * 3 * len(IDS)
+    assert "GFLOP" in cost.summary()
+    assert not language.transformer.h[0].mlp._forward_hooks
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="DiffusionModel"):
+        backend.pipeline_of(nnsight.NNsight(language_model("gpt2")))
