@@ -73,15 +73,16 @@ std::vector<RankUpdateMatrix> table(const Tensors& out, const Tensors& weights, 
 
 void rank_update_cpu(const Tensors& out, const Tensors& weights, const Tensors& left, const Tensors& right) {
   const auto matrices = table(out, weights, left, right);
+  if (matrices.empty()) return;
+  const int32_t type = type_of(weights[0]);
   std::vector<float> transposed;
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    const RankUpdateMatrix& m = matrices[i];
+  for (const RankUpdateMatrix& m : matrices) {
     transposed.resize(static_cast<size_t>(m.rank) * m.columns);
     for (int64_t c = 0; c < m.columns; ++c)
       for (int64_t r = 0; r < m.rank; ++r) transposed[r * m.columns + c] = m.right[c * m.rank + r];
     const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max(1, m.columns));
     torch::stable::parallel_for(0, m.rows, grain, [&](int64_t first, int64_t last) {
-      fasttrace_rank_update_cpu(&m, transposed.data(), first, last, type_of(weights[i]));
+      fasttrace_rank_update_cpu(&m, transposed.data(), first, last, type);
     });
   }
 }

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from fasttrace import _ext
+from fasttrace.errors import KernelError
+from fasttrace.ops import rank_update as op
 
 CSRC = Path(__file__).parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
@@ -179,3 +185,43 @@ def test_the_binding_refuses_what_it_cannot_read(binding):
     ):
         with pytest.raises(RuntimeError):
             binding(*bad)
+
+
+@needs_gxx
+def test_the_op_reaches_the_binding_and_marks_what_was_written(binding, monkeypatch):
+    monkeypatch.setattr(op, "load_error", lambda: None)
+    weights, left, right = problem(torch.float16, SHAPES)
+    left[0], right[0] = left[0].half(), right[0].T.contiguous().T
+    before, versions = [w.clone() for w in weights], [w._version for w in weights]
+    op.rank_update(weights, left, right, inplace=True, implementation="cuda")
+    assert_updated(weights, before, left, right)
+    assert all(w._version > version for w, version in zip(weights, versions, strict=True))
+    with pytest.raises(KernelError, match="fp32, fp16 or bf16"):
+        op.rank_update([w.double() for w in weights], left, right, implementation="cuda")
+
+
+@pytest.mark.skipif(_ext.available(), reason="the extension is installed")
+def test_without_the_extension_the_op_says_why():
+    weights, left, right = problem(torch.float32, [(2, 3, 1)])
+    with pytest.raises(KernelError, match="FASTTRACE_BUILD_EXT=1"):
+        op.rank_update(weights, left, right, implementation="cuda")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build: the extension may be built here")
+@pytest.mark.parametrize(
+    ("wish", "message"), [("1", "is a CPU build"), ("yes", "expected auto, 0 or 1"), ("auto", None), ("0", None)]
+)
+def test_setup_builds_the_extension_only_where_it_can(wish, message):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=CSRC.parent,
+        env={**os.environ, "FASTTRACE_BUILD_EXT": wish},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if message is None:
+        assert (done.returncode, done.stdout.strip().splitlines()[-1]) == (0, "fasttrace")
+    else:
+        assert done.returncode != 0
+        assert message in done.stderr
