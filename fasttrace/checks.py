@@ -15,7 +15,7 @@ def checked_prompts(given: Any) -> tuple[Prompt, ...]:
         from .promptsets import load_prompts
 
         given = load_prompts(given)
-    prompts = (given,) if isinstance(given, Prompt) else tuple(given)
+    prompts = (given,) if isinstance(given, Prompt) else listed("prompts", given)
     if not prompts:
         raise StudyError("prompts is empty: give at least one ft.Prompt(text, subject=...)")
     for index, prompt in enumerate(prompts):
@@ -32,11 +32,19 @@ def checked_prompts(given: Any) -> tuple[Prompt, ...]:
 
 
 def checked_seeds(given: Any, name: str = "seeds") -> tuple[int, ...]:
-    seeds = (given,) if isinstance(given, int) else tuple(given)
+    seeds = (given,) if isinstance(given, int) else listed(name, given)
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise StudyError(f"{name}={list(seeds)!r}: expected different whole numbers >= 0, at least one")
     return seeds
+
+
+def listed(name: str, given: Any) -> tuple[Any, ...]:
+    """The elements of a list."""
+    try:
+        return tuple(given)
+    except TypeError as error:
+        raise StudyError(f"{name}={given!r}: expected a list") from error
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:

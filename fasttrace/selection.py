@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from .checks import listed
 from .errors import StudyError
 from .patch import ROLES
 from .sites import Site, discover_sites, find_site, select_sites
@@ -59,7 +60,7 @@ def site_sets(pipe: Any, given: Any, window: int) -> tuple[SiteSet, ...]:
         StudyError: something of another type, windows of sets, or a window that is wider than the layers chosen.
     """
     everything = discover_sites(pipe)
-    elements = [given] if isinstance(given, str | Site | tuple) else list(given)
+    elements = [given] if isinstance(given, str | Site | tuple) else listed("sites", given)
     if not elements:
         raise StudyError('sites is empty: expected "unet", "text", names or globs')
     singles: dict[str, Site] = {}
@@ -154,7 +155,7 @@ def parse_positions(given: Any) -> Positions:
         return Positions(given, None)
     if isinstance(given, str) and given in ("each", "tokens"):
         return Positions(given, None, each=given)
-    elements = [given] if isinstance(given, str) else list(given)
+    elements = [given] if isinstance(given, str) else listed("positions", given)
     if all(_is_index(element) for element in elements):
         return Positions(given, (tuple(int(element) for element in elements),))
     sets: list[str | tuple[int, ...]] = []

@@ -31,7 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import checked_prompts, checked_seeds, one_of, whole_number
+from .checks import checked_prompts, checked_seeds, listed, one_of, whole_number
 from .corruption import GaussianNoise
 from .errors import StudyError
 from .patch import BRANCHES, Branch
@@ -114,7 +114,7 @@ class Study:
     def __post_init__(self) -> None:
         self._set("prompts", checked_prompts(self.prompts))
         self._set("seeds", checked_seeds(self.seeds))
-        self._set("metrics", [self.metrics] if isinstance(self.metrics, str) else list(self.metrics))
+        self._set("metrics", [self.metrics] if isinstance(self.metrics, str) else list(listed("metrics", self.metrics)))
         if not isinstance(self.corruption, GaussianNoise):
             raise StudyError(f"corruption={self.corruption!r}: expected ft.GaussianNoise(scale, samples=, seed=)")
         one_of("protocol", self.protocol, PROTOCOLS)
@@ -261,7 +261,7 @@ class Study:
         Raises:
             StudyError: a field that is missing or unknown, or another model than was recorded.
         """
-        from .study_json import read_study
+        from .study_reading import read_study
 
         return read_study(Path(path), pipe, overrides)
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fasttrace as ft
-from fasttrace.errors import MetricError, PromptError, SiteError, StudyError
+from fasttrace.errors import FasttraceError, MetricError, PromptError, SiteError, StudyError
 from fasttrace.presets import PRESETS, find_preset, preset_study
 from fasttrace.study_json import fingerprint, study_record
+from fasttrace.study_reading import field_lines
 from tests.pipelines import tiny_pipeline
 
 APPLE = ft.Prompt("a red apple on a table", "apple", id="apple", target="a red pizza on a table")
@@ -157,20 +158,38 @@ def test_a_study_of_another_model_or_with_wrong_fields_is_refused(tiny_sd15: Any
     record = json.loads(path.read_text())
     with pytest.raises(StudyError, match="was made with another model"):
         ft.Study.from_json(path, ft.zoo.random_pipeline("tiny-sd15", seed=1))
-    for change, message in (
-        ({"sead": 1}, "unknown field 'sead'; expected base"),
-        ({"protocol": "x"}, "protocol='x'"),
-        ({"format": 9}, "format 9"),
-        ({"prompts": [{"txt": "x"}]}, r"prompts\[0\] is"),
-        ({"corruption": {"scale": 1, "sample": 2}}, "corruption: .*'sample'"),
-        ({"scheduler": {"class": "os.system", "config": {}}}, "scheduler 'os.system' is not in diffusers"),
+    good, bad = record["prompts"]
+    for field, value, message in (
+        ("sead", 1, "unknown field 'sead'; expected base"),
+        ("protocol", "x", "protocol='x'"),
+        ("format", 9, "format 9"),
+        ("prompts", 3, "prompts is 3: expected a list"),
+        ("prompts[1]", [good, {**bad, "txt": "x"}], r"prompts\[1\] has the unknown field 'txt'"),
+        ("prompts[1]", [good, {**bad, "subject": "cow"}], "the subject 'cow' does not stand in"),
+        ("prompts", [good, "cat"], "prompts has 'cat': expected an object"),
+        ("corruption", {"scale": 1, "sample": 2}, "corruption: .*'sample'"),
+        ("corruption", {"scale": "much"}, "corruption: corruption scale 'much'"),
+        ("scheduler", {"class": "os.system", "config": {}}, "scheduler 'os.system' is not in diffusers"),
+        ("sites", "unet.nowhere", "no site matches 'unet.nowhere'"),
+        ("sites", 3, "sites"),
+        ("seeds", None, "seeds=None: expected a list"),
+        ("metrics", ["latent_l3"], "latent_l3"),
+        ("steps", [99], "steps has 99"),
     ):
-        path.write_text(json.dumps({**record, **change}))
-        with pytest.raises(StudyError, match=message):
+        path.write_text(json.dumps({**record, field.partition("[")[0]: value}, indent=2))
+        line = field_lines(path.read_text())[field]
+        expected = rf"study\.json, line {line}: .*{message}"
+        with pytest.raises(FasttraceError, match=expected):
             ft.Study.from_json(path, tiny_sd15)
     path.write_text(json.dumps({name: value for name, value in record.items() if name != "sigma"}))
     with pytest.raises(StudyError, match="no field 'sigma'"):
         ft.Study.from_json(path, tiny_sd15)
+
+
+def test_lines_are_those_of_the_fields_themselves() -> None:
+    text = '{"a": {"b": 1,\n"c": "}{\\"x\\": ["}, "list": [\n{"a": 2},\n\n{}],\n"b" : 3\n}'
+    assert json.loads(text)["b"] == 3
+    assert field_lines(text) == {"a": 1, "list": 2, "list[0]": 3, "list[1]": 5, "b": 6}
 
 
 def test_a_metric_that_was_a_callable_has_to_be_given_again(tiny_sd15: Any, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..plan import Plan
 from ..study import INJECT
 from .job import Job, Options
-from .unet import plan_summary
+from .unet import UNetPlanSummary, plan_summary
+from .unet_calls import batch_size
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Estimate:
         naive: the same with a clean, a corrupted and a restored run for each row of the table.
         tflop: of ``forwards``, in 10^12 operations.
         naive_tflop: of ``naive``.
-        memory_bytes: expected peak beside the weights, for one group.
+        calls: UNet calls, where no two groups share one.
+        batch: most rows of one UNet call.
+        memory_bytes: expected peak beside the weights.
     """
 
     groups: int
@@ -34,6 +38,8 @@ class Estimate:
     naive: int
     tflop: float
     naive_tflop: float
+    calls: int
+    batch: int
     memory_bytes: int
 
     def text(self) -> str:
@@ -49,7 +55,10 @@ class Estimate:
                 f"{self.forwards:,.0f} UNet forwards, {self.tflop:,.1f} TFLOP; clean, corrupted and restored anew for "
                 f"each run: {self.naive:,} forwards, {self.naive_tflop:,.1f} TFLOP ({saved:.1f}x)"
             )
-            lines.append(f"about {self.memory_bytes / 2**20:,.0f} MiB beside the weights, for each group in a batch")
+            lines.append(
+                f"about {self.calls:,} UNet calls of up to {self.batch} rows, and {self.memory_bytes / 2**20:,.0f} MiB "
+                "beside the weights"
+            )
         else:
             lines.append("no denoising: no metric needs pictures")
         return "\n".join(lines)
@@ -58,20 +67,25 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """Count groups, runs, UNet forwards, operations and memory of a study; no forward pass of the UNet."""
     study, groups = plan.study, plan.groups
-    forwards, naive, tflop, naive_tflop, memory = 0.0, 0, 0.0, 0.0, 0
+    forwards, naive, tflop, naive_tflop, calls, batch, memory = 0.0, 0, 0.0, 0.0, 0, 0, 0
     job = Job(plan, Options()) if study.needs_unet else None
+    # Prompts differ in how many of their runs are distinct, and in nothing else that costs.
+    counted: dict[tuple[int, int], UNetPlanSummary] = {}
     for prompt in plan.prompts if job is not None else ():
-        count = sum(group.plan is prompt for group in groups)
         assert job is not None
-        request = job.example_request(prompt)
-        summary = plan_summary([request])
-        one = request.steps * request.branches
-        rows: float = summary.forwards + (len(prompt.distinct) * one if study.source.startswith(INJECT) else 0)
-        common = 3 * len(prompt.runs) * one
+        count, key = sum(group.plan is prompt for group in groups), (len(prompt.texts), len(prompt.distinct))
+        if key not in counted:
+            request = job.example_request(prompt)
+            counted[key] = plan_summary([request])
+            one, batch = request.steps * request.branches, batch_size(request).rows
+        summary = counted[key]
+        injected = len(prompt.distinct) * one if study.source.startswith(INJECT) else 0
+        rows, common = summary.forwards + injected, 3 * len(prompt.runs) * one
         forwards += count * rows
         naive += count * common
         tflop += count * summary.tflop * rows / summary.forwards
         naive_tflop += count * summary.tflop * common / summary.forwards
+        calls += count * math.ceil((summary.rows + injected) / batch)
         memory = max(memory, summary.memory_bytes)
     return Estimate(
         groups=len(groups),
@@ -82,5 +96,7 @@ def estimate(plan: Plan) -> Estimate:
         naive=naive,
         tflop=tflop,
         naive_tflop=naive_tflop,
+        calls=calls,
+        batch=batch,
         memory_bytes=memory,
     )

@@ -74,12 +74,12 @@ class Job:
         self._states: tuple[str, TextStates] | None = None
         self._negative = encode_negative(self.study.pipe, self.study.negative_prompt) if self.study.needs_unet else None
 
-    def trace(self, groups: Sequence[Group], progress: Callable[[float], None]) -> Iterator[Traced]:
+    def trace(self, groups: Sequence[Group], progress: Callable[[int], None]) -> Iterator[Traced]:
         """Run groups, in order, several at a time.
 
         Args:
             groups: which.
-            progress: told the number of runs that are done since it was last told, fractions included.
+            progress: told the number of runs that are done since it was last told.
         """
         for batch in self._batches(groups):
             states = [self._text(piece.group.plan) for piece in batch]
@@ -247,17 +247,20 @@ def _pair(condition: Condition) -> Any:
 class _Fraction:
     """Progress told in UNet rows, passed on in runs."""
 
-    def __init__(self, runs: int, progress: Callable[[float], None]) -> None:
-        self._runs, self._progress, self._told, self._rows = runs, progress, 0.0, 1
+    def __init__(self, runs: int, progress: Callable[[int], None]) -> None:
+        self._runs, self._progress = runs, progress
+        self._of, self._rows, self._told = 1, 0, 0
 
     def of(self, rows: int) -> None:
-        self._rows = max(1, rows)
+        self._of = max(1, rows)
 
     def __call__(self, rows: int) -> None:
-        step = min(self._runs * rows / self._rows, self._runs - self._told)
-        self._told += step
-        self._progress(step)
+        self._rows += rows
+        self._tell(min(self._runs, self._runs * self._rows // self._of))
 
     def finish(self) -> None:
-        self._progress(self._runs - self._told)
-        self._told = self._runs
+        self._tell(self._runs)
+
+    def _tell(self, runs: int) -> None:
+        self._progress(runs - self._told)
+        self._told = runs

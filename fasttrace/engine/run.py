@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..effects import Effects
+from ..errors import StudyError
 from ..plan import Group, Plan
 from ..store import PARTIAL, RECORD, Shards, check_same, content_hash, load_effects, read_json
 from ..study import Study
@@ -50,7 +51,7 @@ def run(
         overwrite: replace what ``out`` holds.
 
     Raises:
-        StudyError: ``out`` holds another study.
+        StudyError: ``out`` holds another study, or is a file.
         NumericsError: a run that is not finite.
     """
     plan, options = study.plan(), Options(engine, max_batch, dtype, compile)
@@ -58,6 +59,8 @@ def run(
     if out is None:
         return Effects(_table(_Run(plan, options, None, {}), progress), record)
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"out={str(out)!r} is a file: expected a folder, or a name for a new one")
     settings = _settings(record)
     if not overwrite and (folder / RECORD).is_file():
         check_same(_settings(read_json(folder / RECORD)), settings, folder)
