@@ -1,0 +1,138 @@
+"""What tracing costs on one's own pipeline and machine, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import StudyError
+from .show import Profile
+
+
+def profile(
+    pipe: Any,
+    sites: Any = "unet",
+    *,
+    model: str = "pipeline",
+    steps: int = 20,
+    prompts: int = 1,
+    seeds: int = 1,
+    budget: float = 60.0,
+) -> Profile:
+    """Measure a pipeline.
+
+    Args:
+        pipe: a diffusers pipeline; unchanged afterwards.
+        sites: UNet sites to sweep, as for `fasttrace.select_sites`.
+        model: its name, for the tables.
+        steps, prompts, seeds: of the study that is estimated.
+        budget: seconds to spend, about; a model whose single call takes longer is measured by fewer calls.
+
+    Raises:
+        SiteError: a pattern that matches nothing.
+        StudyError: no UNet site among the chosen ones, or a number that is not positive.
+    """
+    from ..pipeline import check_traceable
+    from ..sites import discover_sites, select_sites
+    from . import measure
+    from .ceilings import measure_ceilings
+    from .overhead import STEPS, patching_overhead
+    from .savings import savings
+
+    for name, value in (("steps", steps), ("prompts", prompts), ("seeds", seeds), ("budget", budget)):
+        if not value > 0:
+            raise StudyError(f"{name}={value}: expected a positive number")
+    check_traceable(pipe)
+    chosen = [site for site in select_sites(discover_sites(pipe), sites) if site.part == "unet"]
+    if not chosen:
+        raise StudyError(
+            f'sites={sites!r} has no site of the UNet: expected "unet" or globs such as "unet.up_blocks.*"'
+        )
+    ceilings = measure_ceilings(pipe.unet.device, pipe.unet.dtype)
+    call = measure.UNetCaller(pipe)
+    batches = measure.batch_curve(call, budget / 2)
+    best = min(batches, key=lambda point: point.per_sample)
+    rounds = 3 if best.seconds * 4 < budget / 4 else 1
+    kinds = measure.kind_costs(call, best.batch, ceilings, rounds)
+    rows = min(8, len(chosen))
+    predicted = 2 * (rows + 2) * 2 * STEPS * best.per_sample
+    overhead = patching_overhead(pipe, chosen, rows, 3) if 4 * predicted < budget / 2 else None
+    device = pipe.unet.device.type
+    return Profile(
+        model,
+        f"{_machine(device)}, {str(pipe.unet.dtype).removeprefix('torch.')}",
+        ceilings,
+        kinds,
+        batches,
+        measure.stage_seconds(pipe),
+        savings(pipe, chosen, steps),
+        overhead,
+        steps,
+        prompts,
+        seeds,
+    )
+
+
+def profile_command(
+    model: Annotated[str, typer.Argument(help='"emoji", "random:sd15", a diffusers folder, or a hub id.')] = "emoji",
+    sites: Annotated[list[str] | None, typer.Option(help="UNet sites to sweep: names or globs.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the study that is estimated.")] = 20,
+    prompts: Annotated[int, typer.Option(help="Its prompts.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Its seeds.")] = 1,
+    budget: Annotated[float, typer.Option(help="Seconds to spend on measuring, about.")] = 60.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for profile.json and profile.png.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Also write a torch.profiler trace of one UNet call here.")] = None,
+) -> None:
+    """Say where the time of a trace goes on this machine, and what a study will take.
+
+    Every number is measured here and now, beside the machine's own matrix-product rate and copy bandwidth.
+    """
+    from rich.console import Console
+
+    from ..pipeline import load_pipeline
+    from .show import print_profile
+
+    pipe = load_pipeline(model)
+    patterns: Any = sites or "unet"
+    measured = profile(pipe, patterns, model=model, steps=steps, prompts=prompts, seeds=seeds, budget=budget)
+    console = Console()
+    print_profile(measured, console)
+    if out is not None:
+        measured.save(out)
+        console.print(f"Written: {out / 'profile.json'}, {out / 'profile.png'}")
+    if trace is not None:
+        _write_trace(pipe, measured.best.batch, trace)
+        console.print(f"Written: {trace} (open it in a Chrome trace viewer)")
+
+
+def _write_trace(pipe: Any, batch: int, path: Path) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    from .measure import UNetCaller
+
+    call = UNetCaller(pipe)
+    call(batch)
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch_profile(activities=activities) as recorded:
+        call(batch)
+    recorded.export_chrome_trace(str(path))
+
+
+def _machine(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = device
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -1,0 +1,222 @@
+"""Where the time of a UNet call goes: by kind of site, by batch size, and beside the pipeline's other stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..engine.shadow import clone, shadow_of
+from ..engine.values import first
+from ..pipeline import decode_latents, encode_prompt, latent_shape, needs_added
+from ..sites import part_sites
+from .ceilings import Ceilings, seconds_of
+
+KIND_ORDER = ("resnet", "self_attn", "cross_attn", "mlp", "other")
+
+
+@dataclass(frozen=True)
+class KindCost:
+    """All sites of one kind, for one sample in one UNet call.
+
+    Attributes:
+        kind: of site; ``"other"`` is everything between the sites: norms, projections, samplers, time embedding.
+        sites: how many.
+        seconds: measured, per sample.
+        flops: per sample.
+        moved: bytes that must be read and written once: weights (shared by the batch), inputs and outputs.
+        floor: seconds per sample at the machine's ceilings.
+    """
+
+    kind: str
+    sites: int
+    seconds: float
+    flops: float
+    moved: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class BatchPoint:
+    """One batch size: seconds and peak memory of a whole UNet call."""
+
+    batch: int
+    seconds: float
+    peak_bytes: int | None
+
+    @property
+    def per_sample(self) -> float:
+        return self.seconds / self.batch
+
+
+class UNetCaller:
+    """Calls a pipeline's UNet on random inputs of the true shapes, on a structure that shares the user's weights."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self.unet: Any = shadow_of(pipe.unet, pipe.unet.dtype)
+        self._condition = encode_prompt(pipe, "a photo of an apple")
+
+    @torch.no_grad()
+    def __call__(self, batch: int) -> Tensor:
+        output: Tensor = self.unet(**self.inputs(batch))[0]
+        return output
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        unet = self._pipe.unet
+        generator = torch.Generator().manual_seed(batch)
+        latents = torch.randn(batch, *latent_shape(self._pipe), generator=generator).to(unet.device, unet.dtype)
+        condition = self._condition.to(unet.device, unet.dtype)
+        added = None
+        if needs_added(self._pipe):
+            assert condition.pooled is not None
+            assert condition.time_ids is not None
+            added = {
+                "text_embeds": condition.pooled.expand(batch, -1),
+                "time_ids": condition.time_ids.expand(batch, -1),
+            }
+        return {
+            "sample": latents,
+            "timestep": torch.tensor(500, device=unet.device),
+            "encoder_hidden_states": condition.embeds.expand(batch, -1, -1),
+            "added_cond_kwargs": added,
+            "return_dict": False,
+        }
+
+
+def batch_curve(call: UNetCaller, budget: float, largest: int = 64) -> list[BatchPoint]:
+    """Seconds of a call at batch sizes 1, 2, 4, ...: as many as ``budget`` seconds allow, the first one always."""
+    points: list[BatchPoint] = []
+    left, batch = budget, 1
+    while batch <= largest:
+        started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_of(lambda: call(batch), rounds=3 if left > 8 * budget / 10 else 1)  # noqa: B023
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        points.append(BatchPoint(batch, seconds, peak))
+        left -= time.perf_counter() - started
+        batch *= 2
+        if 2 * 2 * points[-1].seconds > left:
+            break
+    return points
+
+
+def kind_costs(call: UNetCaller, batch: int, ceilings: Ceilings, rounds: int) -> list[KindCost]:
+    """Time, operations and traffic of each kind of site in one call, median over ``rounds``."""
+    own: Any = clone(call.unet)
+    sites = part_sites(own, "unet")
+    timer = _Timer()
+    with timer.on({site.name: site.module for site in sites}), torch.no_grad():
+        totals = []
+        for _ in range(rounds + 1):
+            started = time.perf_counter()
+            own(**call.inputs(batch))
+            totals.append(time.perf_counter() - started)
+    whole = sorted(totals[1:])[rounds // 2]
+    seconds = {name: sorted(times[1:])[rounds // 2] for name, times in timer.seconds.items()}
+    by_module, all_flops = _flops(own, call)
+    weight_bytes = {site.name: _bytes(site.module) for site in sites}
+    costs = []
+    for kind in KIND_ORDER[:-1]:
+        mine = [site.name for site in sites if site.kind == kind]
+        if mine:
+            flops = sum(by_module[name] for name in mine)
+            moved = sum(timer.traffic[name] + weight_bytes[name] for name in mine) / batch
+            costs.append(_cost(kind, len(mine), sum(seconds[name] for name in mine) / batch, flops, moved, ceilings))
+    rest = whole / batch - sum(cost.seconds for cost in costs)
+    flops = all_flops - sum(cost.flops for cost in costs)
+    moved = (_bytes(own) - sum(weight_bytes.values())) / batch
+    return [*costs, _cost("other", 0, max(rest, 0.0), flops, moved, ceilings)]
+
+
+def stage_seconds(pipe: Any) -> dict[str, float]:
+    """Seconds of encoding one prompt and of decoding one picture."""
+    latents = torch.randn(1, *latent_shape(pipe)).to(pipe.unet.device)
+    return {
+        "text encoder": seconds_of(lambda: encode_prompt(pipe, "a photo of an apple"), rounds=3),
+        "VAE decoder": seconds_of(lambda: decode_latents(pipe, latents), rounds=1, warmup=0),
+    }
+
+
+def _cost(kind: str, sites: int, seconds: float, flops: float, moved: float, ceilings: Ceilings) -> KindCost:
+    return KindCost(kind, sites, seconds, flops, moved, ceilings.floor(flops, moved))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _flops(unet: Any, call: UNetCaller) -> tuple[dict[str, float], float]:
+    """Operations of each site and of a whole forward of one sample, counted on the meta device: nothing is computed."""
+    hollow: Any = clone(unet)
+    for owner in hollow.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = torch.empty_like(tensor, device="meta")
+    counter = FlopCounterMode(display=False)
+    counts: dict[str, float] = {}
+
+    def begin(name: str) -> Callable[..., None]:
+        return lambda *_: counts.__setitem__(name, -float(counter.get_total_flops()))
+
+    def end(name: str) -> Callable[..., None]:
+        return lambda *_: counts.__setitem__(name, counts[name] + float(counter.get_total_flops()))
+
+    for site in part_sites(hollow, "unet"):
+        site.module.register_forward_pre_hook(begin(site.name))
+        site.module.register_forward_hook(end(site.name))
+    inputs = call.inputs(1)
+    inputs = {
+        name: value.to("meta") if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+        if value is not None
+    }
+    if "added_cond_kwargs" in inputs:
+        inputs["added_cond_kwargs"] = {name: value.to("meta") for name, value in inputs["added_cond_kwargs"].items()}
+    with counter, torch.no_grad():
+        hollow(**inputs)
+    return counts, float(counter.get_total_flops())
+
+
+class _Timer:
+    """Seconds of each call of some modules, and the bytes of their inputs and outputs."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.traffic: dict[str, int] = {}
+        self._started = 0.0
+
+    @contextmanager
+    def on(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        handles = []
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(self._begin))
+            handles.append(module.register_forward_hook(self._end(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._started = time.perf_counter()
+
+    def _end(self, name: str) -> Any:
+        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds.setdefault(name, []).append(time.perf_counter() - self._started)
+            inputs = [value for value in args if isinstance(value, Tensor)]
+            self.traffic[name] = first(output).nbytes + sum(value.nbytes for value in inputs)
+
+        return end
