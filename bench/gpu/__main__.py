@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,11 +31,13 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """Tests, then one stage an op, then the table of what won."""
+    """Tests, then one stage an op, the table of what won, and the suites ``bench/bench_*.py`` with that table in use."""
+    suites = sorted(path.stem for path in Path(__file__).parent.parent.glob("bench_*.py"))
     return [
         Stage("tests", ("-m", "pytest", "-m", "gpu", "tests/kernels"), required=True),
         *(Stage(op, ("-m", "bench.gpu.measure", op)) for op in ops()),
         Stage("selection", ("-m", "bench.gpu.choose")),
+        *(Stage(suite, ("-m", f"bench.{suite}")) for suite in suites),
     ]
 
 
