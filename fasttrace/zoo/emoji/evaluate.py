@@ -164,7 +164,7 @@ def noise_matrix(
             states = []
             for k, prompt in enumerate(prompts):
                 drawn = noise.draw(sigma, k, len(prompt.ids), prompt.subject, table.shape[1])
-                states.append(trace_text(pipe.text_encoder, prompt.ids, [], drawn).corrupted)
+                states.append(trace_text(pipe.text_encoder, prompt.ids, [], drawn, engine="oracle").corrupted)
             rows[name] = read(torch.stack(states))
         found[f"{scale:g}x"] = rows
     return found
