@@ -68,7 +68,7 @@ def trace_unet(
     eta: float = 0.0,
     engine: str = "fast",
     max_batch: int | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
     dtype: torch.dtype | None = None,
 ) -> UNetTrace:
     """Denoise clean, corrupted, and once for each element of ``patches``, all from the same latents.
@@ -94,7 +94,8 @@ def trace_unet(
         eta: of DDIM.
         engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time.
         max_batch: most rows of one UNet call.
-        compile: run lockstep calls as one graph of ``torch.compile`` for each batch bucket; the first call compiles.
+        compile: run lockstep calls as one graph of ``torch.compile`` for each batch bucket; the first call compiles. A
+            string is torch's mode: those that add CUDA graphs have not been measured here.
         dtype: what the fast engine's UNet computes in (``torch.bfloat16``, say), from weights cast for it; the
             pipeline's own dtype if not given. Latents and the scheduler keep the pipeline's.
 

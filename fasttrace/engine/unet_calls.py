@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ..pipeline import Condition
+from ..sites import part_sites
 from .memory import BatchSize, is_out_of_memory
 from .oracle import timestep_condition
 from .shadow import shadow_of
+from .unet_compile import BUCKET, CompiledUNet
 from .unet_cost import UNetCost, unet_cost
 from .unet_forward import CallInputs, Model, Texts, call_unet
 from .unet_patch import Cache
 from .unet_plan import CallPlan, plan_calls, site_order
-from .unet_request import UNetRequest, site_resolution
+from .unet_request import UNetRequest, site_shape
 from .unet_runs import Key, Row
 from .unet_units import flat_units, has_hooks, text_keys
 
@@ -35,6 +37,7 @@ class UNetCalls:
         request = self._request = requests[0]
         self._progress = progress or (lambda rows: None)
         self._order = site_order(request.pipe.unet)
+        self._size = (request.latents.shape[1], request.latents.shape[2])
         self._sites = {name: site for one in requests for name, site in one.sites.items()}
         self._batch = batch_size(request)
         conditions: list[Condition] = []
@@ -58,6 +61,12 @@ class UNetCalls:
             None if guidance is None else guidance.to(self._dtype),
             any(has_hooks(module) for module in unet.modules()),
         )
+        self._compiled: CompiledUNet | None = None
+        if request.compile and units is not None:
+            names = dict.fromkeys([site.name for site in part_sites(request.pipe.unet, "unet")] + [*self._sites])
+            shapes = {name: site_shape(request.pipe.unet, name, self._size) for name in names}
+            mode = request.compile if isinstance(request.compile, str) else None
+            self._compiled = CompiledUNet(self._model, shapes, mode)
         self.joins = units is not None and self._batch.rows >= JOINING_BATCH
         self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
@@ -97,8 +106,12 @@ class UNetCalls:
                 torch.stack(times[:1] if all(time is times[0] for time in times) else times),
                 torch.tensor([row.text for row in plan.rows], device=latents.device),
             )
-            output = call_unet(self._model, call, plan, cache).to(latents.dtype)
-            outputs |= {row.key: value for row, value in zip(plan.rows, output, strict=True)}
+            if self._compiled is not None and plan.lockstep:
+                output = self._compiled(call, plan)
+            else:
+                output = call_unet(self._model, call, plan, cache)
+            for row, value in zip(plan.rows, output.to(latents.dtype), strict=True):
+                outputs.setdefault(row.key, value)
             for spent in plan.spent:
                 del cache[spent]
             self._progress(len(plan.rows))
@@ -107,14 +120,20 @@ class UNetCalls:
         """Plans of the same rows are kept: most steps of ``free`` repeat the one before."""
         if (rows, self._batch.rows) != self._planned[:2]:
             device = self._request.latents.device
-            plans = plan_calls(rows, self._batch.rows, self._order, self._positions, device)
+            budget, lockstep = call_rows(self._batch.rows, self._compiled is not None)
+            plans = plan_calls(rows, budget, self._order, self._positions, device, lockstep)
             self._planned = (rows, self._batch.rows, plans)
         return self._planned[2]
 
     def _positions(self, name: str) -> int:
-        size = (self._request.latents.shape[1], self._request.latents.shape[2])
-        height, width = site_resolution(self._request.pipe.unet, self._sites[name], size)
-        return height * width
+        shape = site_shape(self._request.pipe.unet, name, self._size)
+        return shape[0] if len(shape) == 2 else shape[1] * shape[2]
+
+
+def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:
+    """Most rows of a call, and whether calls are laid out for compiled graphs, which have whole buckets of rows."""
+    lockstep = compiled and budget >= BUCKET
+    return budget // BUCKET * BUCKET if lockstep else budget, lockstep
 
 
 def batch_size(request: UNetRequest) -> BatchSize:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..corruption import philox_normal
-from ..ops.restore import ADD, KEEP, ZERO
+from ..ops.restore import ADD, ZERO
 from ..patch import Add, Noise, Patch
 from .unet_plan import Round, SitePlan
 from .unet_runs import Key
@@ -67,13 +67,13 @@ def slot_bank(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor 
     """``[S, P, D]``: the tensors that the plan's slots name, in the value's dtype."""
     if not plan.slots:
         return None
-    filled = []
-    for slot in plan.slots:
-        if isinstance(slot, Patch):
-            filled.append(given_table(slot, value))
-        else:
-            filled.append(cache[slot[0], site].to(value))
-    return torch.stack(filled)
+    if plan.bank is None:
+        given = (given_table(slot, value) if isinstance(slot, Patch) else cache[slot[0], site] for slot in plan.slots)
+        bank = torch.stack(list(given))
+        if any(not isinstance(slot, Patch) for slot in plan.slots):
+            return bank
+        plan.bank = bank
+    return plan.bank
 
 
 def given_table(patch: Patch, value: Tensor) -> Tensor:
@@ -87,6 +87,3 @@ def given_table(patch: Patch, value: Tensor) -> Tensor:
     tensor = source.value if isinstance(source, Add) else source
     assert isinstance(tensor, Tensor)
     return given_value(patch, tensor, positions, channels, spatial).to(value)
-
-
-__all__ = ["KEEP", "Cache", "apply_round", "given_table", "patch_site", "slot_bank"]

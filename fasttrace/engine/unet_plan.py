@@ -47,9 +47,11 @@ class SitePlan:
     joined: Tensor | None = None
     rounds: list[Round] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    bank: Tensor | None = None
+    """What the slots hold, kept from the first call where no other call has a part in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CallPlan:
     """One UNet call.
 
@@ -59,6 +61,7 @@ class CallPlan:
         parents: ``[len(rows)]`` row that each joins; its own index for a root.
         sites: by name; a site where nothing happens is absent.
         spent: values of earlier calls that no later call reads.
+        lockstep: whether no row joins and no value crosses calls, as a compiled graph needs it.
     """
 
     rows: list[Row]
@@ -66,6 +69,7 @@ class CallPlan:
     parents: Tensor
     sites: dict[str, SitePlan]
     spent: list[tuple[Key, str]]
+    lockstep: bool
 
 
 def site_order(unet: Any) -> dict[str, int]:
@@ -85,27 +89,38 @@ def joining_site(row: Row, order: dict[str, int]) -> str:
     return min((patch.site for patch, _ in row.patches), key=order.__getitem__)
 
 
-def pack(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Cut rows into calls of nearly equal size, at most ``budget`` rows each.
+def pack(rows: Sequence[Row], budget: int, lockstep: bool = False) -> list[list[Row]]:
+    """Cut rows into calls of at most ``budget`` rows.
 
-    A row that joins needs its parent in the same call: where that is elsewhere it is computed again.
+    A row that joins needs its parent in the same call, and is computed again where the parent is elsewhere. A row that
+    copies from another takes a recorded value where that is elsewhere: one row's values at the patched sites, kept for
+    one step, cost less than computing it again.
+
+    Args:
+        rows: a row that others copy from comes before them.
+        budget: most rows of a call; a row and those that it needs may be more.
+        lockstep: keep rows that join in calls of their own, and have sources computed again as well, since a compiled
+            graph neither grows nor gives out values. Calls are filled one after another, to need few graphs; otherwise
+            they are of nearly equal size.
     """
     by_key = {row.key: row for row in rows}
-    target = -(-len(rows) // -(-len(rows) // budget)) if rows else 0
+    joining = [row for row in rows if lockstep and row.parent is not None]
     calls: list[list[Row]] = []
-    present: set[Key] = set()
-    for row in rows:
-        missing = row.parent is not None and row.parent not in present
-        if not calls or len(calls[-1]) + 1 + missing > max(target, 1 + (row.parent is not None)):
-            calls.append([])
-            present = set()
-            missing = row.parent is not None
-        if missing:
-            assert row.parent is not None
-            calls[-1].append(by_key[row.parent])
-            present.add(row.parent)
-        calls[-1].append(row)
-        present.add(row.key)
+    for part in (joining, [row for row in rows if not lockstep or row.parent is None]):
+        target = budget if lockstep else -(-len(part) // -(-len(part) // budget)) if part else 0
+        present: set[Key] | None = None
+        for row in part:
+            needs = {row.parent} if row.parent is not None else set()
+            if lockstep:
+                needs |= {source for _, source in row.patches if source is not None}
+            if present is None or len(present | needs) >= max(target, 1 + len(needs)):
+                calls.append([])
+                present = set()
+            for key in sorted(needs - present):
+                calls[-1].append(by_key[key])
+            if row.key not in present:
+                calls[-1].append(row)
+            present |= {row.key, *needs}
     return calls
 
 
@@ -115,6 +130,7 @@ def plan_calls(
     order: dict[str, int],
     positions: Callable[[str], int],
     device: torch.device,
+    lockstep: bool = False,
 ) -> list[CallPlan]:
     """Plan the calls of rows that may run one after another.
 
@@ -124,8 +140,9 @@ def plan_calls(
         order: of the sites, from `site_order`.
         positions: number of positions of a site's value.
         device: of the plan's tensors.
+        lockstep: as in `pack`.
     """
-    packed = pack(rows, budget)
+    packed = pack(rows, budget, lockstep)
     computed_in: dict[Key, int] = {}
     for number, call in enumerate(packed):
         for row in call:
@@ -176,7 +193,9 @@ def _plan_call(
             plan.joined = torch.tensor([parents[number] for number in joined], device=device)
         alive += len(joined)
         _add_rounds(plan, site, by_site[site], ordered, index, alive, positions(site), device)
-    return CallPlan(ordered, len(roots), torch.tensor(parents, device=device), sites, spent)
+    crosses = any(plan.record or any(isinstance(slot, tuple) for slot in plan.slots) for plan in sites.values())
+    lockstep = len(roots) == len(ordered) and not crosses
+    return CallPlan(ordered, len(roots), torch.tensor(parents, device=device), sites, spent, lockstep)
 
 
 def _add_rounds(

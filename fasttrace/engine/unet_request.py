@@ -58,7 +58,7 @@ class UNetRequest:
     protocol: str
     eta: float
     max_batch: int | None
-    compile: bool = False
+    compile: bool | str = False
     dtype: torch.dtype | None = None
 
     @property
@@ -91,7 +91,7 @@ def unet_request(
     protocol: str,
     eta: float,
     max_batch: int | None,
-    compile: bool = False,
+    compile: bool | str = False,
     dtype: torch.dtype | None = None,
 ) -> UNetRequest:
     """Check the arguments of `trace_unet` and move what they hold to the UNet's device and dtype."""
@@ -138,7 +138,8 @@ def unet_request(
         site = sites[patch.site]
         if site.part != "unet":
             raise PatchError(f"{patch.site} is a site of {site.part}: trace it with trace_text, or with a Study")
-        patch.within(_positions(pipe, site, (latents.shape[1], latents.shape[2])), steps, set(conditions))
+        height, width = site_resolution(unet, site, (latents.shape[1], latents.shape[2]))
+        patch.within(height * width, steps, set(conditions))
         if patch.branch == "uncond" and (not guided or protocol == "teacher_forced"):
             why = (
                 "the protocol scores the conditional output" if guided else f"guidance_scale={guidance_scale} has none"
@@ -184,7 +185,11 @@ def _negative(pipe: Any, embeds: Tensor | None, added: Added | None, clean: Cond
 
 def site_resolution(unet: Any, site: Site, size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the feature map at a UNet site, for latents of ``size``."""
-    _, side, index = site.name.split(".")[:3]
+    return _resolution(unet, site.name, size)
+
+
+def _resolution(unet: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
+    _, side, index = name.split(".")[:3]
     levels = len(unet.config.block_out_channels)
     if side == "down_blocks":
         level = int(index)
@@ -196,6 +201,16 @@ def site_resolution(unet: Any, site: Site, size: tuple[int, int]) -> tuple[int, 
     return height, width
 
 
-def _positions(pipe: Any, site: Site, size: tuple[int, int]) -> int:
-    height, width = site_resolution(pipe.unet, site, size)
-    return height * width
+def site_shape(unet: Any, name: str, size: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of one row's value at a UNet site: ``(P, D)``, or ``(C, h, w)`` where it is spatial."""
+    module: Any = unet.get_submodule(name.removeprefix("unet."))
+    height, width = _resolution(unet, name, size)
+    kind = type(module).__name__
+    if kind == "ResnetBlock2D":
+        return int(module.conv2.weight.shape[0]), height, width
+    if kind == "Transformer2DModel":
+        return int(module.proj_out.weight.shape[0]), height, width
+    if kind == "BasicTransformerBlock":
+        return height * width, int(module.norm1.weight.shape[0])
+    last = module.net[2] if kind == "FeedForward" else module.to_out[0]
+    return height * width, int(last.weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .memory import row_bytes
-from .unet_calls import JOINING_BATCH, batch_size, cost_of
+from .unet_calls import JOINING_BATCH, batch_size, call_rows, cost_of
 from .unet_plan import joining_site, pack, site_order
 from .unet_request import UNetRequest
 from .unet_runs import Group, Row, corrupted_alone, distinct_runs, forced_rows, free_rows
@@ -21,7 +21,7 @@ def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]
         groups.append(distinct_runs(index, one, dict.fromkeys([*one.conditions, None], 0)))
     forwards, rows, largest = 0.0, 0, 0
     for part in _steps(groups, batch.rows >= JOINING_BATCH):
-        for call in pack(part, batch.rows):
+        for call in pack(part, *call_rows(batch.rows, bool(request.compile))):
             rows += len(call)
             largest = max(largest, len(call))
         forwards += sum(1.0 if row.parent is None else cost.suffix(joining_site(row, order)) for row in part)
