@@ -31,7 +31,7 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """Tests, then one stage an op, the table of what won, and the suites ``bench/bench_*.py`` with that table in use."""
+    """Tests, then one stage an op, the table of what won, and with it in use the suites ``bench/bench_*.py``."""
     suites = sorted(path.stem for path in Path(__file__).parent.parent.glob("bench_*.py"))
     return [
         Stage("tests", ("-m", "pytest", "-m", "gpu", "tests/kernels"), required=True),

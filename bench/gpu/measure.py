@@ -75,14 +75,17 @@ def rows(case: BenchCase, seconds: dict[str, float], verdicts: dict[str, str], t
     return result
 
 
-def measure(op: str) -> None:
-    """Measure every case of an op, print a line a contender, and append to ``bench/results/gpu_kernels.csv``."""
+def measure(op: str, device: str = "cuda", toy: bool = False) -> None:
+    """Measure every case of an op, print a line a contender, and append to ``bench/results/gpu_kernels.csv``.
+
+    ``device`` and ``toy`` are for a test without a GPU.
+    """
     top = ceilings()
     print(f"ceilings: {1e-12 * top.flops:.0f} TFLOP/s fp16 GEMM, {1e-9 * top.bytes:.0f} GB/s copy")
-    for case in cases(op):
+    for case in cases(op, toy):
         print(f"{case.op}: {case.shape}")
         try:
-            with torch.device("cuda"), torch.no_grad():
+            with torch.device(device), torch.no_grad():
                 contenders = case.contenders()
                 verdicts = judge(case, contenders)
                 seconds = median_seconds({name: contenders[name] for name, verdict in verdicts.items() if not verdict})

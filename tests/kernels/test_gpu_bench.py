@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from bench import record
+from bench.gpu import choose, measure
 from bench.gpu.choose import winners
 from bench.gpu.clock import Ceilings
 from bench.gpu.measure import cases, is_ours, judge, ops, rows
+from fasttrace.ops import selection
 
 TOYS = [case for op in ops() for case in cases(op, toy=True)]
 NEEDS_GPU = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
@@ -72,6 +76,33 @@ def test_the_fastest_implementation_over_all_shapes_of_a_class_wins():
     assert (won["implementation"], won["rival"]) == ("torch", "triton")
     (won,) = winners([*measured, row("b", "triton", 6)], {"geglu": ("torch", "triton")})
     assert (won["implementation"], won["time_us"]) == ("triton", "5.48")
+
+
+def test_measuring_writes_rows_and_choosing_writes_the_table(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "selection.csv"
+    table.write_text(",".join(selection.COLUMNS) + "\ngeglu,wide,90,triton,5.0,,,a GPU,2.11.0,3.6.0\n")
+    monkeypatch.setattr(selection, "TABLE", table)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "ceilings", lambda: Ceilings(flops=8e14, bytes=3e12))
+    monkeypatch.setattr(
+        measure, "median_seconds", lambda calls: {name: 2e-6 for name in calls if calls[name]() is not None}
+    )
+    measure.measure("attention_restore", device="cpu", toy=True)
+    printed = capsys.readouterr().out
+    assert "torch                          2.00 us" in printed
+    assert "xformers                 cannot run" in printed
+
+    machine = record.provenance()["machine"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    choose.main()
+    with table.open(newline="") as file:
+        chosen = [(row["op"], row["shape_class"], row["arch"], row["implementation"]) for row in csv.DictReader(file)]
+    classes = {case.shape_class for case in cases("attention_restore", toy=True)}
+    assert chosen == [
+        *(("attention_restore", c, "90", "torch") for c in sorted(classes)),
+        ("geglu", "wide", "90", "triton"),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the stages would run")
