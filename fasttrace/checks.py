@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import StudyError
 from .prompts import Prompt
@@ -32,11 +35,11 @@ def checked_prompts(given: Any) -> tuple[Prompt, ...]:
 
 
 def checked_seeds(given: Any, name: str = "seeds") -> tuple[int, ...]:
-    seeds = (given,) if isinstance(given, int) else listed(name, given)
-    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    seeds = (given,) if isinstance(given, int | np.integer) else listed(name, given)
+    whole = all(isinstance(seed, int | np.integer) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds):
         raise StudyError(f"{name}={list(seeds)!r}: expected different whole numbers >= 0, at least one")
-    return seeds
+    return tuple(int(seed) for seed in seeds)
 
 
 def listed(name: str, given: Any) -> tuple[Any, ...]:
@@ -55,3 +58,13 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 def whole_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise StudyError(f"{name}={value!r}: expected a whole number >= 1")
+
+
+def number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise StudyError(f"{name}={value!r}: expected a number")
+
+
+def text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise StudyError(f"{name}={value!r}: expected text")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import StudyError
 from .patch import Patch
 from .prompts import Prompt, TokenizedPrompt
-from .selection import SiteSet, Steps, step_span
+from .selection import SiteSet, Steps
 from .study import INJECT
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def make_plan(study: Study) -> Plan:
 
 def _prompt_plan(study: Study, prompt: Prompt) -> PromptPlan:
     tokens = {part: study.tokens[part][prompt.id] for part in study.text_parts}
-    runs = tuple(run for one in study.site_sets for run in _runs(study, prompt, tokens, one))
+    runs = tuple(_runs(study, prompt, tokens))
     texts: dict[TextPatches, int] = {}
     distinct: list[int] = []
     seen: dict[TextPatches, int] = {}
@@ -162,31 +162,55 @@ def _prompt_plan(study: Study, prompt: Prompt) -> PromptPlan:
     return PromptPlan(prompt, runs, tuple(texts), tuple(text_of), tuple(distinct), tuple(same_as))
 
 
-def _runs(study: Study, prompt: Prompt, tokens: dict[str, TokenizedPrompt], site_set: SiteSet) -> Iterator[Run]:
-    for where in _position_sets(study, site_set, tokens):
-        at = {part: _resolve(where, prompt, one) for part, one in tokens.items()}
-        text = tuple(
-            (site.name, positions)
-            for site in site_set.sites
-            if site.part != "unet" and (positions := _effective(study, site.part, tokens, at[site.part])) != ()
-        )
-        position, token, role = _label(where, site_set, tokens, at)
-        unet = where if isinstance(where, tuple) and not site_set.has_text else None
-        for steps in study.step_sets if site_set.has_unet else (None,):
-            yield Run(site_set, position, token, role, steps, text, unet)
+@dataclass(frozen=True)
+class _Place:
+    """Where one run of some site sets patches a prompt: all that does not depend on the sites themselves.
+
+    Attributes:
+        text: by text encoder, the positions where a patch changes anything; ``None`` for all.
+        unet: pixels, or ``None`` for whole maps.
+        label: position, token and token role.
+    """
+
+    text: dict[str, tuple[int, ...] | None]
+    unet: tuple[int, ...] | None
+    label: tuple[int | None, str, str]
 
 
-def _position_sets(
-    study: Study, site_set: SiteSet, tokens: dict[str, TokenizedPrompt]
-) -> list[str | tuple[int, ...] | None]:
-    """The positions of each run of a site set: a role, indices, or ``None`` for the whole map of UNet sites."""
+def _runs(study: Study, prompt: Prompt, tokens: dict[str, TokenizedPrompt]) -> Iterator[Run]:
+    places: dict[str, list[_Place]] = {}  # by the parts that a site set patches
+    for site_set in study.site_sets:
+        if site_set.part not in places:
+            places[site_set.part] = list(_places(study, prompt, tokens, site_set))
+        text_sites = [site for site in site_set.sites if site.part != "unet"]
+        for place in places[site_set.part]:
+            text = tuple((site.name, place.text[site.part]) for site in text_sites if place.text[site.part] != ())
+            for steps in study.step_sets if site_set.has_unet else (None,):
+                yield Run(site_set, *place.label, steps, text, place.unet)
+
+
+def _places(study: Study, prompt: Prompt, tokens: dict[str, TokenizedPrompt], site_set: SiteSet) -> Iterator[_Place]:
+    patched = {part: tokens[part] for part in site_set.part.split("+") if part != "unet"}
+    for where in _position_sets(study, patched):
+        at = {part: _resolve(where, prompt, one) for part, one in patched.items()}
+        effective = {part: _effective(study, part, patched[part], positions) for part, positions in at.items()}
+        unet = where if isinstance(where, tuple) and not patched else None
+        yield _Place(effective, unet, _label(where, patched, at))
+
+
+def _position_sets(study: Study, patched: dict[str, TokenizedPrompt]) -> list[str | tuple[int, ...] | None]:
+    """The positions of each run of a site set: a role, indices, or ``None`` for whole maps of the UNet.
+
+    Args:
+        study: the study.
+        patched: the prompt in each text encoder that the site set patches.
+    """
     asked = study.position_sets
-    if not site_set.has_text:
+    if not patched:
         return list(asked.sets) if asked.sets is not None and not isinstance(asked.sets[0], str) else [None]
     if asked.sets is not None:
         return list(asked.sets)
-    read = [one for part, one in tokens.items() if part in site_set.part.split("+")]
-    stop = min(one.eos + 1 if asked.each == "tokens" else len(one.ids) for one in read)
+    stop = min(one.eos + 1 if asked.each == "tokens" else len(one.ids) for one in patched.values())
     return [(position,) for position in range(stop)]
 
 
@@ -206,13 +230,13 @@ def _resolve(where: str | tuple[int, ...] | None, prompt: Prompt, tokens: Tokeni
 
 
 def _effective(
-    study: Study, part: str, tokens: dict[str, TokenizedPrompt], positions: tuple[int, ...] | None
+    study: Study, part: str, tokens: TokenizedPrompt, positions: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
     """Positions where a patch changes anything; ``None`` for all.
 
     CLIP's encoders are causal: before the first corrupted token the clean and the corrupted run are the same.
     """
-    length, first = len(tokens[part].ids), tokens[part].subject[0]
+    length, first = len(tokens.ids), tokens.subject[0]
     outside = [position for position in positions or () if not 0 <= position < length]
     if outside:
         raise StudyError(f"position {outside[0]} is out of range: the prompts have {length} tokens in {part}")
@@ -224,27 +248,21 @@ def _effective(
 
 def _label(
     where: str | tuple[int, ...] | None,
-    site_set: SiteSet,
-    tokens: dict[str, TokenizedPrompt],
+    patched: dict[str, TokenizedPrompt],
     at: dict[str, tuple[int, ...] | None],
 ) -> tuple[int | None, str, str]:
     """Position, token and token role as a table shows them; read in the first encoder that is patched."""
-    if not site_set.has_text:
+    if not patched:
         if not isinstance(where, tuple):
             return None, "", "all"
         return (where[0] if len(where) == 1 else None), "", "pixels"
-    part = next(site.part for site in site_set.sites if site.part != "unet")
+    part, tokens = next(iter(patched.items()))
     positions = at[part]
     if positions is None:
         return None, "", "all"
-    words = [tokens[part].tokens[position] for position in positions]
+    words = [tokens.tokens[position] for position in positions]
     text = " ".join(words) if len(words) <= _TOKENS_SHOWN else f"{words[0]} .. {words[-1]}"
     if len(positions) == 1:
-        role = where if isinstance(where, str) else tokens[part].role_of(positions[0])
+        role = where if isinstance(where, str) else tokens.role_of(positions[0])
         return positions[0], text, role
     return None, text, where if isinstance(where, str) else "several"
-
-
-def run_steps(run: Run, count: int) -> tuple[int, int]:
-    """First denoising step that a run patches, and one past the last."""
-    return step_span(run.steps, count)

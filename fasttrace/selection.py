@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from .checks import listed
 from .errors import StudyError
@@ -26,11 +29,11 @@ class SiteSet:
     label: str
     sites: tuple[Site, ...]
 
-    @property
+    @cached_property
     def part(self) -> str:
         return "+".join(dict.fromkeys(site.part for site in self.sites))
 
-    @property
+    @cached_property
     def kind(self) -> str:
         return "+".join(dict.fromkeys(site.kind for site in self.sites))
 
@@ -38,11 +41,11 @@ class SiteSet:
     def layer(self) -> int:
         return self.sites[0].layer
 
-    @property
+    @cached_property
     def has_text(self) -> bool:
         return any(site.part != "unet" for site in self.sites)
 
-    @property
+    @cached_property
     def has_unet(self) -> bool:
         return any(site.part == "unet" for site in self.sites)
 
@@ -191,17 +194,18 @@ def parse_steps(given: Any, count: int) -> tuple[Steps, ...]:
         return tuple((step,) for step in range(count))
     if isinstance(given, dict):
         return _step_windows(given, count)
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise StudyError(
             f'steps={given!r}: expected None, indices, a list of sets, "each" or {{"width": 5, "stride": 5}}'
         )
-    sets = [given] if all(_is_index(step) for step in given) else list(given)
+    elements = list(given)
+    sets = [elements] if all(_is_index(step) for step in elements) else elements
     parsed: list[Steps] = []
     for one in sets:
         if one is None:
             parsed.append(None)
             continue
-        if _is_index(one) or not isinstance(one, Sequence) or not all(_is_index(step) for step in one):
+        if _is_index(one) or not isinstance(one, Iterable) or not all(_is_index(step) for step in one):
             raise StudyError(f"steps has {one!r}: expected a set of indices, as every other element")
         outside = [step for step in one if not 0 <= step < count]
         if outside:
@@ -223,10 +227,9 @@ def step_span(steps: Steps, count: int) -> tuple[int, int]:
 
 def _step_windows(given: dict[str, Any], count: int) -> tuple[Steps, ...]:
     unknown = sorted(set(given) - {"width", "stride"})
-    width, stride = given.get("width"), given.get("stride", 1)
+    width, stride = given.get("width", 0), given.get("stride", 1)
     if unknown or not _is_index(width) or not _is_index(stride):
         raise StudyError(f'steps={given!r}: expected {{"width": 5, "stride": 5}} with whole numbers')
-    assert isinstance(width, int)
     if not 1 <= width <= count or stride < 1:
         raise StudyError(f"steps={given!r}: expected a width from 1 to {count} and a stride of at least 1")
     starts = range(0, count - width + 1, stride)
@@ -237,4 +240,4 @@ def _step_windows(given: dict[str, Any], count: int) -> tuple[Steps, ...]:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -31,7 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import checked_prompts, checked_seeds, listed, one_of, whole_number
+from .checks import checked_prompts, checked_seeds, listed, number, one_of, text, whole_number
 from .corruption import GaussianNoise
 from .errors import StudyError
 from .patch import BRANCHES, Branch
@@ -124,8 +124,10 @@ class Study:
         whole_number("num_inference_steps", self.num_inference_steps)
         whole_number("windows", self.windows)
         for name in ("guidance_scale", "eta"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
-                raise StudyError(f"{name}={getattr(self, name)!r}: expected a number")
+            number(name, getattr(self, name))
+        text("negative_prompt", self.negative_prompt)
+        for name, value in self.sources.items():
+            text(f"sources[{name!r}]", value)
         self._set("source", self._checked_source())
         self._check_sites()
         self._set("sigma", self._resolved_sigma())

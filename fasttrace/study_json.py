@@ -9,6 +9,7 @@ import json
 import platform
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -91,9 +92,11 @@ def _site_record(sites: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """Ranges and tuples as lists."""
-    if value is None or isinstance(value, str | int | dict):
+    """Ranges and tuples as lists, and numpy's integers as integers."""
+    if value is None or isinstance(value, str | dict):
         return value
+    if isinstance(value, int | np.integer):
+        return int(value)
     return [_listed(one) for one in value]
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,10 @@ def study(pipe: Any, **settings: Any) -> ft.Study:
         ({"corruption": 0.3}, r"corruption=0\.3: expected ft\.GaussianNoise"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"guidance_scale": "7.5"}, "guidance_scale='7.5': expected a number"),
+        ({"eta": float("nan")}, "eta=nan: expected a number"),
+        ({"negative_prompt": None}, "negative_prompt=None: expected text"),
+        ({"sources": {"dog": 3}}, r"sources\['dog'\]=3: expected text"),
+        ({"steps": 3}, "steps=3"),
         ({"source": "corrupted"}, "source='corrupted' is the base itself"),
         ({"source": "dog"}, "source='dog': expected one of clean, corrupted, target, empty, zero, mean, inject:clean"),
         ({"source": "target"}, "prompt 'cat' has no target"),
@@ -127,6 +132,7 @@ def test_a_named_scheduler_keeps_the_noise_schedule_and_leaves_the_pipeline_alon
 
 
 FULL = [
+    {"sites": "unet", "seeds": np.arange(2), "steps": np.arange(3)},
     {"sites": "unet", "steps": "each", "protocol": "teacher_forced", "metrics": ["noise_l2", "noise_cosine"]},
     {"sites": ["unet.mid*", ("unet.*attn1", "unet.*attn2")], "steps": [range(2), (2, 3)], "branch": "both", "eta": 0.5},
     {"sites": "unet*attn2", "windows": 2, "steps": {"width": 2, "stride": 2}, "scheduler": "euler_ancestral"},

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..patch import ZERO, Patch
 from ..pipeline import Condition, encode_negative, encode_prompt, latent_shape
 from ..plan import Group, Plan, PromptPlan, Run, patch_source
+from ..prompts import Prompt
 from ..sites import Site
 from ..study import INJECT
 from .conditions import TextStates, text_states
 from .injection import trace_injected
 from .means import text_means, unet_means
-from .unet import UNetTrace, plan_summary, run_request, trace_unet_many
+from .unet import MOST_GROUPS, UNetTrace, plan_summary, run_request, trace_unet_many
 from .unet_request import Added, UNetRequest, unet_request
 
 # Results of one batch of groups, in bytes; they are held until they are scored.
@@ -72,6 +73,7 @@ class Job:
     def __init__(self, plan: Plan, options: Options) -> None:
         self.plan, self.study, self._options = plan, plan.study, options
         self._states: tuple[str, TextStates] | None = None
+        self._encoded: tuple[str, Condition] | None = None
         self._negative = encode_negative(self.study.pipe, self.study.negative_prompt) if self.study.needs_unet else None
 
     def trace(self, groups: Sequence[Group], progress: Callable[[int], None]) -> Iterator[Traced]:
@@ -106,7 +108,7 @@ class Job:
         return self._request(Piece(group, plan.distinct, True, True), states, counting=True)
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Piece]]:
-        """Pieces whose results fit into memory together."""
+        """Pieces that share UNet calls, and whose results fit into memory together."""
         limit = max(1, RESULT_BYTES // self._run_bytes())
         batch: list[Piece] = []
         room = limit
@@ -115,7 +117,7 @@ class Job:
             starts = range(0, max(1, len(runs)), limit)
             for start in starts:
                 piece = Piece(group, runs[start : start + limit], start == 0, start == starts[-1])
-                if batch and len(piece.runs) + 2 > room:
+                if batch and (len(piece.runs) + 2 > room or len(batch) == MOST_GROUPS):
                     yield batch
                     batch, room = [], limit
                 batch.append(piece)
@@ -139,6 +141,13 @@ class Job:
             self._states = plan.prompt.id, text_states(self.study, plan, self._means[0], self._options.engine)
         return self._states[1]
 
+    def _other(self, prompt: Prompt) -> Condition:
+        """The condition of the text that the source names."""
+        text = self.study.text_of(self.study.source, prompt)
+        if self._encoded is None or self._encoded[0] != text:
+            self._encoded = text, encode_prompt(self.study.pipe, text)
+        return self._encoded[1]
+
     def _request(self, piece: Piece, states: TextStates, counting: bool = False) -> UNetRequest:
         study, plan, sample = self.study, piece.group.plan, piece.group.noise_sample
         injecting = study.source.startswith(INJECT)
@@ -151,7 +160,7 @@ class Job:
             if text >= 0:
                 sources[bases[-1]] = _pair(states.condition(sample, text))
         if patch_source(study.source) == "other" and any(run.patches_unet for run in runs):
-            sources["other"] = _pair(encode_prompt(study.pipe, study.text_of(study.source, plan.prompt)))
+            sources["other"] = _pair(self._other(plan.prompt))
         patches = [self._patches(run, counting) for run in runs]
         return self._build(states.clean, states.corrupted[sample], patches, sources, bases, piece.group.seed)
 
@@ -200,7 +209,7 @@ class Job:
         for piece, request, own in zip(batch, requests, states, strict=True):
             plan, sample = piece.group.plan, piece.group.noise_sample
             base = own.clean if study.base == "clean" else own.corrupted[sample]
-            other = encode_prompt(study.pipe, study.text_of(study.source, plan.prompt))
+            other = self._other(plan.prompt)
             chosen = [(plan.runs[index].site_set.sites, plan.runs[index].steps) for index in piece.runs]
             ends = run_request(request, self._options.engine)
             yield UNetTrace(ends.clean, ends.corrupted, trace_injected(request, base, other, chosen, rows, told))

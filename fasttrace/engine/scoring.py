@@ -115,18 +115,18 @@ def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
     plan, prompt = group.plan, group.plan.prompt
     base = 0 if study.base == "clean" else 1
     where = np.array([base if same < 0 else 2 + same for same in plan.same_as], dtype=int)
+    rows = [
+        (
+            run.site_set.label, run.site_set.part, run.site_set.kind, run.site_set.layer, run.position, run.token,
+            run.token_role, *step_span(run.steps, study.step_count),
+        )
+        for run in plan.runs
+    ]  # fmt: skip
+    names = ["site", "part", "kind", "layer", "position", "token", "token_role", "step_start", "step_stop"]
+    runs = pd.DataFrame(rows, columns=names).astype({"position": "Int64"})
     tables = []
     for metric, values in zip(study.resolved_metrics, scores, strict=True):
-        rows = [
-            (
-                run.site_set.label, run.site_set.part, run.site_set.kind, run.site_set.layer, run.position, run.token,
-                run.token_role, *step_span(run.steps, study.step_count),
-            )
-            for run in plan.runs
-        ]  # fmt: skip
-        names = ["site", "part", "kind", "layer", "position", "token", "token_role", "step_start", "step_stop"]
-        table = pd.DataFrame(rows, columns=names).astype({"position": "Int64"})
-        table = table.assign(
+        table = runs.assign(
             prompt_id=prompt.id, prompt=prompt.text, attribute=prompt.attribute, subject=prompt.subject,
             seed=group.seed, noise_sample=group.noise_sample, branch=study.branch, base=study.base,
             source=study.source, protocol=study.protocol, metric=metric.name, clean=values[0], corrupted=values[1],
