@@ -17,6 +17,7 @@ from torch import Tensor
 from ..corruption import philox_normal
 from ..errors import KernelError
 from ._register import Op, triton_launcher
+from .philox import philox_normals
 from .restore import restore
 
 
@@ -57,7 +58,8 @@ def reference(
         value += bias.to(wide)
     if low_rank is not None:
         value += low_rank[0].to(wide) @ low_rank[1].to(wide).transpose(1, 2)
-    return finish(value.to(x.dtype), residual, source, bank, noise)
+    value = noised(restore(value.to(x.dtype), source, bank), noise)
+    return value if residual is None else value + residual
 
 
 def linear_torch(
@@ -75,22 +77,34 @@ def linear_torch(
     value = F.linear(x, weight, bias)
     if low_rank is not None:
         value = torch.baddbmm(value, low_rank[0], low_rank[1].transpose(1, 2))
-    return finish(value, residual, source, bank, noise)
-
-
-def finish(
-    value: Tensor, residual: Tensor | None, source: Tensor, bank: Tensor | None, noise: Sequence[Tensor] | None
-) -> Tensor:
-    """Restore a site's value ``[B, P, D]``, add noise to its masked positions, and add the residual."""
-    value = restore(value, source, bank)
-    if noise is not None:
-        sigma, seed, mask = noise
-        wide = torch.promote_types(value.dtype, torch.float32)
-        for row in range(value.shape[0]):
-            where = mask[row].nonzero().flatten()
-            drawn = philox_normal(int(seed[row]), 0, where.cpu(), value.shape[2]).to(value.device, wide)
-            value[row, where] = (value[row, where].to(wide) + sigma[row].to(wide) * drawn).to(value.dtype)
+    value = noised_torch(restore(value, source, bank), noise)
     return value if residual is None else value + residual
+
+
+def noised(value: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
+    """Add noise to masked positions of a site's value ``[B, P, D]``, drawn by the corruption's own generator."""
+    if noise is None:
+        return value
+    sigma, seed, mask = noise
+    wide = torch.promote_types(value.dtype, torch.float32)
+    result = value.clone()
+    for row in range(value.shape[0]):
+        where = mask[row].nonzero().flatten()
+        drawn = philox_normal(int(seed[row]), 0, where.cpu(), value.shape[2]).to(value.device, wide)
+        result[row, where] = (value[row, where].to(wide) + sigma[row].to(wide) * drawn).to(value.dtype)
+    return result
+
+
+def noised_torch(value: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
+    """The same on any device, all rows at once; asks the device how many positions are masked."""
+    if noise is None:
+        return value
+    sigma, seed, mask = noise
+    row, position = mask.nonzero(as_tuple=True)
+    drawn = philox_normals(seed[row], torch.zeros_like(position), position, value.shape[2])
+    result = value.clone()
+    result[row, position] = (value[row, position] + sigma[row, None] * drawn).to(value.dtype)
+    return result
 
 
 def check_linear(

@@ -77,9 +77,11 @@ def update_torch(
             target.addmm_(a, b.T)
             continue
         rows = max(1, _BLOCK_BYTES // max(1, w.shape[1] * wide.itemsize))
+        buffer = w.new_empty(min(rows, w.shape[0]), w.shape[1], dtype=wide)
         for start in range(0, w.shape[0], rows):
             block = slice(start, start + rows)
-            target[block].copy_(w[block].to(wide).addmm_(a[block], b.T))
+            sums = buffer[: w.shape[0] - start]
+            target[block].copy_(sums.copy_(w[block]).addmm_(a[block], b.T))
 
 
 def update_triton(

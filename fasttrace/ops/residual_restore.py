@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ._register import Op, triton_launcher
-from .linear_restore import finish
+from .linear_restore import noised, noised_torch
+from .restore import restore
 
 
 def reference(
@@ -39,7 +40,7 @@ def reference(
     check_residual(hidden, shortcut, source, bank, noise)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     value = ((shortcut.to(wide) + hidden.to(wide)) / output_scale).to(hidden.dtype)
-    return finish(value, None, source, bank, noise).contiguous()
+    return noised(restore(value, source, bank), noise).contiguous()
 
 
 def residual_torch(
@@ -53,7 +54,8 @@ def residual_torch(
     """The same in the storage dtype, with copies after it."""
     check_residual(hidden, shortcut, source, bank, noise)
     value = shortcut + hidden
-    return finish(value if output_scale == 1.0 else value / output_scale, None, source, bank, noise).contiguous()
+    value = value if output_scale == 1.0 else value / output_scale
+    return noised_torch(restore(value, source, bank), noise).contiguous()
 
 
 def check_residual(
