@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11 triton>=3.6' || echo 'torch==2.13.0 triton==3.7.1')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types slow clean
+.PHONY: help demo test lint types slow bench bench-full bench-report compile-report gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -21,7 +21,7 @@ $(VENV)/.core: pyproject.toml setup.py
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,backends]"
 	@touch $@
 
 demo: $(VENV)/.core  ## trace the packaged model and look at what was found (minutes on a CPU)
@@ -39,6 +39,21 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	@$(PY) -m mypy
+
+bench: $(VENV)/.test  ## the quick benchmarks beside their rivals, under 5 minutes on 2 cores
+	@$(PY) -m bench
+
+bench-full: $(VENV)/.test  ## all benchmarks and scaling curves
+	@$(PY) -m bench --full
+
+bench-report: $(VENV)/.test  ## bench/RESULTS.md, with tables and plots from bench/results
+	@$(PY) -m bench.report
+
+compile-report: $(VENV)/.test  ## compile every kernel for sm_80 and sm_90: registers, spills, shared memory
+	@$(PY) -m bench.compile_report
+
+gpu: $(VENV)/.test  ## everything that needs an NVIDIA GPU: tests, kernels beside rivals, engines
+	@$(PY) -m bench.gpu
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,7 @@
-"""ROME's functions against its loop, one hooked forward a cell, written here from the paper's description."""
+"""ROME's functions against its loop, one hooked forward a cell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from fasttrace.backends import rome
 from fasttrace.errors import BackendError, SiteError
 from tests.backends.language_models import FAMILIES, VOCABULARY, SpaceTokenizer, language_model
+from tests.backends.rome_reference import trace_one_cell
 
-EMBEDDING = {"gpt2": "transformer.wte"}
 LAYER = {"gpt2": "transformer.h.{}{}"}
 KINDS = {"gpt2": {"attn": ".attn", "mlp": ".mlp", None: ""}}
 OTHER_KINDS = {"attn": ".self_attn", "mlp": ".mlp", None: ""}
@@ -24,55 +23,8 @@ def layer_name(family: str, layer: int, kind: str | None) -> str:
     return LAYER.get(family, "model.layers.{}{}").format(layer, KINDS.get(family, OTHER_KINDS)[kind])
 
 
-def reference(
-    family: str,
-    ids: torch.Tensor,
-    states: list[tuple[int, str]],
-    answers: torch.Tensor,
-    span: tuple[int, int] | None,
-    *,
-    samples: int = 3,
-    noise: float | Callable[[torch.Tensor], torch.Tensor] = 0.1,
-    uniform_noise: bool = False,
-    replace: bool = False,
-) -> torch.Tensor:
-    """One cell: row 0 clean, the others corrupted and restored from row 0, in one hooked forward."""
-    model = language_model(family)
-    generator = np.random.RandomState(1)
-
-    def corrupt(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if span is None:
-            return output
-        begin, end = span
-        shape = (samples, end - begin, output.shape[-1])
-        draws = torch.from_numpy(generator.uniform(-1, 1, shape) if uniform_noise else generator.randn(*shape))
-        draws = noise(draws) if callable(noise) else noise * draws
-        output = output.clone()
-        output[1:, begin:end] = draws.to(output) if replace else output[1:, begin:end] + draws.to(output)
-        return output
-
-    def restore(tokens: list[int]) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            for token in tokens:
-                hidden[1:, token] = hidden[0, token]
-            return output
-
-        return hook
-
-    by_layer: dict[str, list[int]] = {}
-    for token, name in states:
-        by_layer.setdefault(name, []).append(token)
-    modules = dict(model.named_modules())
-    handles = [modules[EMBEDDING.get(family, "model.embed_tokens")].register_forward_hook(corrupt)]
-    handles += [modules[name].register_forward_hook(restore(tokens)) for name, tokens in by_layer.items()]
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=ids.repeat(samples + 1, 1)).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.softmax(logits[1:, -1], dim=-1).mean(0)[answers]
+def reference(family: str, *arguments: Any, **options: Any) -> torch.Tensor:
+    return trace_one_cell(language_model(family), *arguments, **options)
 
 
 def prompt(length: int = 9) -> torch.Tensor:

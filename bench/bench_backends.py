@@ -1,0 +1,209 @@
+"""Each backend beside its library on the same sweep: a GPT-2-small shape, 32 tokens, every (layer, token).
+
+    python -m bench.bench_backends [rome] [transformer_lens] [pyvene] [nnsight]
+
+Random weights. Each library is used as its documentation recommends. A rival that takes minutes is timed on a spread of
+the cells and scaled, and the row says so; the cells that it did run are compared with ours first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrace.backends import rome
+from tests.backends.rome_reference import trace_one_cell
+
+from . import record
+from .timing import interleaved
+
+TOKENS, LAYERS, SUBJECT, SAMPLES = 32, 12, (5, 8), 10
+CELLS = [(layer, token) for layer in range(LAYERS) for token in range(TOKENS)]
+RIVAL_CELLS = CELLS[7::32]
+BATCH = 96
+
+
+def gpt2_small() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+
+
+def prompt(seed: int) -> Tensor:
+    return torch.randint(0, 50257, (TOKENS,), generator=torch.Generator().manual_seed(seed))
+
+
+def bench_rome(model: Any) -> dict[str, Any]:
+    """Ten noise samples, hidden states restored: 384 cells of eleven rows."""
+    ids, answer = prompt(0), torch.tensor(11)
+    states = {cell: [(cell[1], f"transformer.h.{cell[0]}")] for cell in CELLS}
+    inp = {"input_ids": ids.repeat(SAMPLES + 1, 1)}
+
+    def ours() -> Tensor:
+        return rome.trace_many(model, inp, list(states.values()), answer, SUBJECT, 0.5, batch_size=BATCH)
+
+    def theirs() -> Tensor:
+        cells = [
+            trace_one_cell(model, ids, states[cell], answer, SUBJECT, samples=SAMPLES, noise=0.5)
+            for cell in RIVAL_CELLS
+        ]
+        return torch.stack(cells)
+
+    return compare("ROME trace_with_patch, hidden states, 10 noise samples", ours, theirs)
+
+
+def bench_transformer_lens(model: Any) -> dict[str, Any]:
+    """``resid_post`` by layer and position, logit difference at the last token."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformer_lens import patching
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+
+    from fasttrace.backends import transformer_lens as backend
+    from fasttrace.zoo.offline_tokenizer import offline_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        offline_tokenizer(1000).save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.config.architectures = ["GPT2LMHeadModel"]
+        options = {"hf_model": model, "tokenizer": tokenizer, "dtype": torch.float32, "device": "cpu"}
+        bridge = TransformerBridge.boot_transformers("gpt2-small", **options)
+    clean, corrupted = prompt(0)[None], prompt(1)[None]
+    _, cache = bridge.run_with_cache(clean)
+    setter = patching.layer_pos_patch_setter
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 5] - logits[0, -1, 9]
+
+    def table(cells: Sequence[tuple[int, int]]) -> Any:
+        import pandas
+
+        return pandas.DataFrame(cells, columns=["layer", "pos"])
+
+    def ours() -> Tensor:
+        return backend.generic_activation_patch(
+            bridge, corrupted, cache, metric, setter, "resid_post", index_df=table(CELLS), batch_size=BATCH,
+            logit_positions=[-1],
+        )  # fmt: skip
+
+    def theirs() -> Tensor:
+        with torch.no_grad():
+            return patching.generic_activation_patch(
+                bridge, corrupted, cache, metric, setter, "resid_post", index_df=table(RIVAL_CELLS)
+            )
+
+    return compare("TransformerLens generic_activation_patch, resid_post", ours, theirs)
+
+
+def bench_pyvene(model: Any) -> dict[str, Any]:
+    """Interchange of a block's output at one position; the rival builds one ``IntervenableModel`` a cell."""
+    import pyvene
+
+    from fasttrace.backends import pyvene as backend
+
+    base, source = {"input_ids": prompt(1)[None]}, {"input_ids": prompt(0)[None]}
+
+    def cell(layer: int, token: int) -> tuple[Any, dict[str, int]]:
+        representation = pyvene.RepresentationConfig(
+            layer, "block_output", intervention_type=pyvene.VanillaIntervention
+        )
+        return pyvene.IntervenableConfig([representation]), {"sources->base": token}
+
+    def ours() -> Tensor:
+        cells = [cell(*each) for each in CELLS]
+        sweep = backend.intervene_many(model, cells, base, source, logit_positions=[-1], batch_size=BATCH)
+        return torch.stack([logits[0, 0, 5] for logits in sweep])
+
+    def theirs() -> Tensor:
+        found = []
+        for layer, token in RIVAL_CELLS:
+            config, locations = cell(layer, token)
+            with torch.no_grad():
+                _, output = pyvene.IntervenableModel(config, model)(base, [source], locations)
+            found.append(output.logits[0, -1, 5])
+        return torch.stack(found)
+
+    return compare("pyvene IntervenableModel, block_output", ours, theirs)
+
+
+def bench_nnsight(model: Any) -> dict[str, Any]:
+    """Envoys as addresses; the rival batches all cells of a layer as invokes of one trace."""
+    import nnsight
+
+    import fasttrace as ft
+    from fasttrace.backends import nnsight as backend
+
+    wrapped = nnsight.NNsight(model)
+    base, source = prompt(1), prompt(0)
+    noise = torch.zeros(TOKENS, 768)
+
+    def ours() -> Tensor:
+        patches = [
+            patch
+            for layer, token in CELLS
+            for patch in backend.patches(wrapped, [wrapped.transformer.h[layer]], positions=[token], source="other")
+        ]
+        trace = ft.trace_text(model, base, patches, noise, base="clean", sources={"other": source})
+        return trace.restored[:, -1] @ model.lm_head.weight[5]
+
+    def theirs() -> Tensor:
+        found = []
+        with torch.no_grad():
+            with wrapped.trace(source[None]):
+                clean = nnsight.save([block.output for block in wrapped.transformer.h])
+            for layer, token in RIVAL_CELLS:
+                with wrapped.trace(base[None]):
+                    wrapped.transformer.h[layer].output[:, token] = clean[layer][:, token]
+                    logits = wrapped.lm_head.output.save()
+                found.append(logits[0, -1, 5])
+        return torch.stack(found)
+
+    return compare("nnsight trace a cell, block output", ours, theirs)
+
+
+def compare(what: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], rounds: int = 3) -> dict[str, Any]:
+    """Check that both compute the same, then time them in turn; the rival's time is scaled to all cells."""
+    chosen = [CELLS.index(cell) for cell in RIVAL_CELLS]
+    found, expected = ours()[chosen], theirs()
+    error = float(((found - expected).abs().max() / expected.abs().max()).item())
+    assert error < 1e-4, f"{what}: the two disagree by {error:.1e}"
+    timing = interleaved({"ours": ours, "theirs": theirs}, rounds)
+    scale = len(CELLS) / len(RIVAL_CELLS)
+    ratios = sorted(scale * b / a for a, b in zip(timing["ours"].seconds, timing["theirs"].seconds, strict=True))
+    return {
+        "what": what,
+        "rival": f"its own loop, one forward a cell; {len(RIVAL_CELLS)} of {len(CELLS)} cells timed and scaled",
+        "median_s": round(timing["ours"].median, 3),
+        "rival_median_s": round(timing["theirs"].median * scale, 3),
+        "ratio": round(ratios[len(ratios) // 2], 2),
+        "ratio_lowest": round(ratios[0], 2),
+        "ratio_highest": round(ratios[-1], 2),
+        "relative_difference": f"{error:.1e}",
+    }
+
+
+SUITES = {
+    "rome": bench_rome,
+    "transformer_lens": bench_transformer_lens,
+    "pyvene": bench_pyvene,
+    "nnsight": bench_nnsight,
+}
+
+
+def main(names: Sequence[str]) -> None:
+    for name in names or SUITES:
+        row = SUITES[name](gpt2_small())
+        print(f"{row['what']}: {row['median_s']} s, rival {row['rival_median_s']} s, {row['ratio']}x")
+        record.append("backends", [row])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
