@@ -1,6 +1,6 @@
 """``make bench-report``: ``bench/RESULTS.md`` and its plots, from ``bench/results/*.csv`` and nothing else.
 
-Of each case the newest row counts; older ones stay in the CSV. A case is what a row's text columns say.
+Of each case the newest row counts; older ones stay in the CSV. A case is what a row's ``CASE`` columns say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import pandas as pd
 from .record import RESULTS
 
 TARGET = RESULTS.parent / "RESULTS.md"
+CASE = (
+    *("what", "case", "rival", "method", "site", "attribute", "protocol", "dtype", "kernel", "config", "arch"),
+    *("patches", "batch", "steps", "prompts", "tokens", "width", "layer", "edit"),
+)
 PROVENANCE = ("date", "commit", "machine", "threads", "versions")
 
 TITLES = {
@@ -35,9 +39,9 @@ faster. A rival that beats it is shown like any other. Absolute times belong to 
 
 
 def newest(table: pd.DataFrame) -> pd.DataFrame:
-    """The last row of each case: of rows that agree in every text column which is not provenance."""
-    text = [name for name in table.columns if name not in PROVENANCE and table[name].dtype == object]
-    return table.drop_duplicates(subset=text, keep="last") if text else table
+    """The last row of each case: of rows that agree in every column that says what was measured."""
+    said = [name for name in table.columns if name in CASE]
+    return table.drop_duplicates(subset=said, keep="last") if said else table
 
 
 def section(suite: str, table: pd.DataFrame) -> str:
