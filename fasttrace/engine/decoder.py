@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .linear import FeedForward, Modules, on_packed
 
 SUPPORTED = "CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, or transformers' GPT-2, Llama, Qwen2 or Qwen3"
 
@@ -24,14 +25,14 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer. ``project(x, positions)`` maps normed tokens ``[R, D]`` at ``positions`` ``[R]`` to their heads."""
+    """One layer; ``project(call, x, positions)`` maps normed tokens ``[R, D]`` at ``positions`` ``[R]`` to heads."""
 
     norm_attn: nn.Module
-    project: Callable[[Tensor, Tensor], Heads]
+    project: Callable[[Modules, Tensor, Tensor], Heads]
     out: nn.Module
     scale: float
     norm_mlp: nn.Module
-    mlp: nn.Module
+    mlp: FeedForward
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,6 @@ class Decoder:
         return embedded if self.positions is None else embedded + self.positions
 
 
-def on_packed(module: nn.Module, x: Tensor) -> Tensor:
-    """Call a module on packed rows ``[R, D]`` in the three dimensions that it and its hooks are used to."""
-    result: Tensor = module(x[None])
-    return result[0]
-
-
 def text_body(model: Any) -> Any:
     """The stack of layers without a language-modelling head: what yields hidden states."""
     return model.base_model if hasattr(model, "lm_head") else model
@@ -78,6 +73,17 @@ def word_embedding(model: Any) -> nn.Embedding:
     body = text_body(model)
     module: nn.Embedding = body.encoder.embed_tokens if hasattr(body, "shared") else body.get_input_embeddings()
     return module
+
+
+def text_head(model: Any, normed: Tensor, answers: Tensor | None) -> Tensor:
+    """Past the final norm, of ``[R, D]``: the answers' logits ``[R, A]``, or CLIP's projection where there is one."""
+    if answers is None:
+        projection = getattr(model, "text_projection", None)
+        return normed if projection is None else on_packed(projection, normed)
+    head = model.lm_head
+    if type(head) is not nn.Linear:
+        return on_packed(head, normed)[:, answers]
+    return nn.functional.linear(normed, head.weight[answers], None if head.bias is None else head.bias[answers])
 
 
 def is_supported(model: Any) -> bool:
@@ -115,11 +121,12 @@ def _clip(model: Any, length: int, attention_mask: Tensor | None) -> Decoder:
         attn = block.self_attn
         head_dim = attn.head_dim
 
-        def project(x: Tensor, positions: Tensor) -> Heads:
-            q, k, v = (_split_heads(on_packed(f, x), head_dim) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        def project(call: Modules, x: Tensor, positions: Tensor) -> Heads:
+            q, k, v = (_split_heads(call(f, x), head_dim) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
             return q, k, v
 
-        return DecoderLayer(block.layer_norm1, project, attn.out_proj, attn.scale, block.layer_norm2, block.mlp)
+        mlp = FeedForward(block.mlp, (block.mlp.fc1, block.mlp.activation_fn, block.mlp.fc2))
+        return DecoderLayer(block.layer_norm1, project, attn.out_proj, attn.scale, block.layer_norm2, mlp)
 
     table = text.embeddings.position_embedding
     numbers = torch.arange(length, device=table.weight.device)
@@ -136,12 +143,12 @@ def _t5(model: Any, length: int, attention_mask: Tensor | None) -> Decoder:
         attn = attention.SelfAttention
         head_dim = attn.key_value_proj_dim
 
-        def project(x: Tensor, positions: Tensor) -> Heads:
-            q, k, v = (_split_heads(on_packed(f, x), head_dim) for f in (attn.q, attn.k, attn.v))
+        def project(call: Modules, x: Tensor, positions: Tensor) -> Heads:
+            q, k, v = (_split_heads(call(f, x), head_dim) for f in (attn.q, attn.k, attn.v))
             return q, k, v
 
-        norm, mlp = feed_forward.layer_norm, feed_forward.DenseReluDense
-        return DecoderLayer(attention.layer_norm, project, attn.o, 1.0, norm, mlp)
+        mlp = FeedForward(feed_forward.DenseReluDense)
+        return DecoderLayer(attention.layer_norm, project, attn.o, 1.0, feed_forward.layer_norm, mlp)
 
     first = stack.block[0].layer[0].SelfAttention
     bias = first.compute_bias(length, length)[0]
@@ -159,11 +166,12 @@ def _gpt2(model: Any, length: int, attention_mask: Tensor | None) -> Decoder:
         attn = block.attn
         head_dim = attn.head_dim
 
-        def project(x: Tensor, positions: Tensor) -> Heads:
-            q, k, v = (_split_heads(part, head_dim) for part in on_packed(attn.c_attn, x).chunk(3, dim=-1))
+        def project(call: Modules, x: Tensor, positions: Tensor) -> Heads:
+            q, k, v = (_split_heads(part, head_dim) for part in call(attn.c_attn, x).chunk(3, dim=-1))
             return q, k, v
 
-        return DecoderLayer(block.ln_1, project, attn.c_proj, _gpt2_scale(attn), block.ln_2, block.mlp)
+        mlp = FeedForward(block.mlp, (block.mlp.c_fc, block.mlp.act, block.mlp.c_proj))
+        return DecoderLayer(block.ln_1, project, attn.c_proj, _gpt2_scale(attn), block.ln_2, mlp)
 
     numbers = torch.arange(length, device=model.wpe.weight.device)
     allowed = _allowed(length, attention_mask, numbers.device, causal=True)
@@ -189,20 +197,20 @@ def _llama(model: Any, length: int, attention_mask: Tensor | None) -> Decoder:
         attn = block.self_attn
         head_dim = attn.head_dim
 
-        def rotated(projection: nn.Module, norm: nn.Module | None, x: Tensor, positions: Tensor) -> Tensor:
-            heads = _split_heads(on_packed(projection, x), head_dim)
+        def rotated(projected: Tensor, norm: nn.Module | None, positions: Tensor) -> Tensor:
+            heads = _split_heads(projected, head_dim)
             if norm is not None:
                 heads = on_packed(norm, heads)
             first, second = heads.chunk(2, dim=-1)
             return heads * cosine[positions] + torch.cat((-second, first), dim=-1) * sine[positions]
 
-        def project(x: Tensor, positions: Tensor) -> Heads:
-            q = rotated(attn.q_proj, getattr(attn, "q_norm", None), x, positions)
-            k = rotated(attn.k_proj, getattr(attn, "k_norm", None), x, positions)
-            return q, k, _split_heads(on_packed(attn.v_proj, x), head_dim)
+        def project(call: Modules, x: Tensor, positions: Tensor) -> Heads:
+            q = rotated(call(attn.q_proj, x), getattr(attn, "q_norm", None), positions)
+            k = rotated(call(attn.k_proj, x), getattr(attn, "k_norm", None), positions)
+            return q, k, _split_heads(call(attn.v_proj, x), head_dim)
 
         norms = block.input_layernorm, block.post_attention_layernorm
-        return DecoderLayer(norms[0], project, attn.o_proj, attn.scaling, norms[1], block.mlp)
+        return DecoderLayer(norms[0], project, attn.o_proj, attn.scaling, norms[1], FeedForward(block.mlp))
 
     allowed = _allowed(length, attention_mask, numbers.device, causal=True)
     layers = [layer(block) for block in model.layers]

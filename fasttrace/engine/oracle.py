@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..patch import Patch
 from ..pipeline import Condition
-from .decoder import text_body, word_embedding
-from .text import TextRequest, encoder_path
+from .decoder import decoder_of, text_body, word_embedding
+from .text_request import TextRequest, encoder_path
 from .trajectory import Trajectories
 from .unet import UNetRequest
 from .values import apply_patch, first, with_first
@@ -78,31 +78,38 @@ def _text_run(
             return with_first(output, apply_patch(first(output)[0], patch, source)[None])
 
         pairs.append((request.site_of(patch).module, overwrite))
-    with hooks(pairs), _last_layer_input(request) as seen:
+    with hooks(pairs), _layer_inputs(request) as inputs:
         mask = None if request.attention_mask is None else request.attention_mask[None]
-        result = text_body(encoder)(input_ids=ids[None], attention_mask=mask)
+        # A language model's head is called for its answers alone.
+        model = text_body(encoder) if request.output == "last" else encoder
+        result = model(input_ids=ids[None], attention_mask=mask)
     if request.output == "penultimate":
-        return seen[0][0], values
+        return inputs[request.depth][0], values
     if request.output == "pooled":
         pooled = getattr(result, "text_embeds", None)
         return (pooled if pooled is not None else result.pooler_output)[0], values
+    if request.output == "logits":
+        return result.logits[0, request.column, request.answers], values
+    if request.depth < len(inputs):
+        return decoder_of(encoder, len(ids), None).final_norm(inputs[request.depth])[0], values
     return result.last_hidden_state[0], values
 
 
 @contextlib.contextmanager
-def _last_layer_input(request: TextRequest) -> Iterator[list[Tensor]]:
-    """The input of the last layer, read by a pre-hook: ``hidden_states`` are recorded before hooks on a layer run."""
-    last = [site for site in request.sites.values() if site.kind == "hidden"][-1]
+def _layer_inputs(request: TextRequest) -> Iterator[list[Tensor]]:
+    """Every layer's input, read by a pre-hook: ``hidden_states`` are recorded before hooks on a layer run."""
     seen: list[Tensor] = []
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
 
-    handle = last.module.register_forward_pre_hook(read, with_kwargs=True)
+    layers = [site.module for site in request.sites.values() if site.kind == "hidden"]
+    handles = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in layers]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 Values = dict[tuple[int, str], Tensor]

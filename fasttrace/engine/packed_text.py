@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..patch import Patch
-from .decoder import Decoder, DecoderLayer, Heads, decoder_of, on_packed
-from .text import TextRequest
+from .decoder import DecoderLayer, Heads, decoder_of, text_head
+from .linear import linear_calls, on_packed
 from .text_entries import FlatPatches, differs_from, flatten, given_rows, split_entries
-from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, Group, Rows, TextPlan, TextShape, compile_plan
+from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, Stage, TextPlan, TextShape, compile_plan
+from .text_request import TextRequest
 
-CHUNK_ROWS = 8192
-MLP_ROWS = 2048
-KEPT_PLANS = 8
+# Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
+_CHUNK_ROWS = {"cpu": 4096}
+_MLP_ROWS = {"cpu": 512}
+_MANY_ROWS = 65536
+_KEPT_PLANS = 4
 
 
 @dataclass(frozen=True)
@@ -34,161 +37,186 @@ class Record:
         """``[T, D]`` at a site."""
         return (self.attn, self.mlp, self.hidden[1:])[stage][layer]
 
+    def joining(self, layer: int, stage: int) -> Tensor:
+        """``[T, D]``: what a run's hidden state is as it joins at a site, before the site's value is added."""
+        if stage == MLP:
+            return self.hidden[layer] + self.attn[layer]
+        return self.hidden[layer + (stage == HIDDEN)]
+
 
 def trace_text_packed(request: TextRequest) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean ``[T, D]``, corrupted ``[S, T, D]`` and restored ``[S, N, T, D]``; pooled outputs drop ``T``."""
-    # A causal model does nothing for the tokens after the one that is read.
-    length = request.ids.shape[0] if request.column is None else request.column + 1
-    mask = None if request.attention_mask is None else request.attention_mask[:length]
-    decoder = decoder_of(request.encoder, length, mask)
-    del decoder.layers[request.depth :]
-    flat = flatten(request)
-    plan = _plan(request, decoder, flat, length)
+    """Clean ``[T, D]``, corrupted ``[S, T, D]``, restored ``[S, N, T, D]``; without ``T`` where one token is read."""
+    packed = PackedText(request)
+    samples, runs, shape = len(request.noise), len(request.runs), packed.clean.shape
+    corrupted = packed.clean.new_empty(samples, *shape)
+    restored = packed.clean.new_empty(samples, runs, *shape) if request.out is None else request.out
+    for sample, noise in enumerate(request.noise):
+        corrupted[sample], parts = packed.sample(noise)
+        for numbers, outputs in parts:
+            restored[sample, numbers] = outputs
+    return packed.clean, corrupted, restored
 
-    def run(ids: Tensor, noise: Tensor | None) -> Record:
-        return record(decoder, decoder.embed(ids[:length], None if noise is None else noise[:length]))
 
-    def read(hidden: Tensor) -> Tensor:
-        """What the request asks for, of hidden states ``[R, D]``."""
+class PackedText:
+    """A request's plan and its unpatched runs; ``sample`` makes the rest, for one noise sample at a time."""
+
+    def __init__(self, request: TextRequest) -> None:
+        self.request = request
+        # A causal model does nothing for the tokens after the one that is read.
+        self.length = request.ids.shape[0] if request.column is None else request.column + 1
+        mask = None if request.attention_mask is None else request.attention_mask[: self.length]
+        self.decoder = decoder_of(request.encoder, self.length, mask)
+        del self.decoder.layers[request.depth :]
+        flat = flatten(request)
+        self.sources = flat.sources
+        self.plan = self._compile(flat)
+        prompts = {**request.sources, "clean": request.ids}
+        self.records = {name: self._record(ids, None) for name, ids in prompts.items()}
+        self.clean = self._output(self.records["clean"].hidden[-1])
+        rows = self.plan.token_layers // max(1, len(self.decoder.layers))
+        self.call = linear_calls(self.records["clean"].hidden[0], rows)
+
+    def sample(self, noise: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+        """The corrupted output, and the restored ones in parts: numbers of some runs ``[n]``, and their outputs."""
+        corrupted = self._record(self.request.ids, noise)
+        output = self._output(corrupted.hidden[-1])
+        records = {**self.records, "corrupted": corrupted}
+        return output, self._parts(records, output if self.request.base == "corrupted" else self.clean)
+
+    def _parts(self, records: dict[str, Record], base: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if len(self.plan.idle):
+            yield self.plan.idle, base.expand(len(self.plan.idle), *base.shape)
+        for chunk in self.plan.chunks:
+            outputs = base.repeat(len(chunk.runs), *(1 for _ in base.shape))
+            rows = outputs if self.request.column is not None else outputs.flatten(0, 1)
+            rows.index_copy_(0, chunk.target, self._read(self._run(chunk, records)[chunk.final]))
+            yield chunk.runs, outputs
+
+    def _record(self, ids: Tensor, noise: Tensor | None) -> Record:
+        """One prompt ``[T]``, unpatched, with the modules as they are."""
+        hidden = self.decoder.embed(ids[: self.length], None if noise is None else noise[: self.length])
+        result, call = Record([hidden], [], [], []), on_packed
+        positions = torch.arange(self.length, device=hidden.device)
+        for layer in self.decoder.layers:
+            heads = layer.project(linear_calls(hidden, 0), call(layer.norm_attn, hidden), positions)
+            q, k, v = (x[None] for x in heads)
+            attn = call(layer.out, self._attend(layer, q, k, v)[0])
+            middle = hidden + attn
+            mlp = call(layer.mlp.module, call(layer.norm_mlp, middle))
+            hidden = middle + mlp
+            result.hidden.append(hidden)
+            result.attn.append(attn)
+            result.mlp.append(mlp)
+            result.heads.append(heads)
+        return result
+
+    def _output(self, hidden: Tensor) -> Tensor:
+        """What the request returns of one run's last hidden states ``[T, D]``."""
+        return self._read(hidden) if self.request.column is None else self._read(hidden[-1:])[0]
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """What the request returns of hidden states ``[R, D]``."""
+        request = self.request
         if request.output == "penultimate":
             return hidden
-        normed = on_packed(decoder.final_norm, hidden)
-        projection = getattr(request.encoder, "text_projection", None) if request.output == "pooled" else None
-        return normed if projection is None else on_packed(projection, normed)
+        normed = on_packed(self.decoder.final_norm, hidden)
+        return text_head(request.encoder, normed, request.answers) if request.column is not None else normed
 
-    def output(run: Record) -> Tensor:
-        return read(run.hidden[-1] if request.column is None else run.hidden[-1][-1:])
+    def _run(self, chunk: Chunk, records: dict[str, Record]) -> Tensor:
+        """The packed state ``[slots, D]`` of a chunk after the last layer."""
+        base = records[self.request.base]
+        state = torch.empty_like(base.hidden[0][:1]).repeat(chunk.slots, 1)
+        for number, plan in enumerate(chunk.layers):
+            layer = self.decoder.layers[number]
+            attended = None
+            if plan.attention is not None:
+                attended = self._attention(layer, plan.attention, base.heads[number], state)
+            for stage, work in enumerate(plan.stages):
+                state.index_copy_(0, work.join.slots, base.joining(number, stage)[work.join.tokens])
+                if stage == ATTN and attended is not None:
+                    new = self.call.plus(layer.out, attended, state[work.computed])
+                    state.index_copy_(0, work.computed, new)
+                elif stage == MLP:
+                    self._mlp(layer, work.computed, state)
+                self._patch(work, number, stage, base, records, state)
+        return state
 
-    records = {name: run(ids, None) for name, ids in {**request.sources, "clean": request.ids}.items()}
-    outputs = {"clean": output(records["clean"])}
-    samples, runs = request.noise.shape[0], len(request.runs)
-    corrupted = outputs["clean"].new_empty(samples, *outputs["clean"].shape)
-    restored = corrupted.new_empty(samples, runs, *outputs["clean"].shape)
-    for sample, noise in enumerate(request.noise):
-        records["corrupted"] = run(request.ids, noise)
-        outputs["corrupted"] = corrupted[sample] = output(records["corrupted"])
-        restored[sample] = outputs[request.base]
-        flattened = restored[sample].flatten(0, 1)
-        for chunk in plan.chunks:
-            hidden = _run_chunk(request, decoder, chunk, records, flat.sources)
-            flattened[torch.from_numpy(chunk.target)] = read(hidden[torch.from_numpy(chunk.final)])
-    if request.column is not None:
-        return outputs["clean"][0], corrupted[:, 0], restored[:, :, 0]
-    return outputs["clean"], corrupted, restored
+    def _mlp(self, layer: DecoderLayer, slots: Tensor, state: Tensor) -> None:
+        for rows in torch.split(slots, _MLP_ROWS.get(state.device.type, _MANY_ROWS)):
+            residual = state[rows]
+            new = self.call.feed_forward(layer.mlp, on_packed(layer.norm_mlp, residual), residual)
+            state.index_copy_(0, rows, new)
 
+    def _patch(
+        self, work: Stage, layer: int, stage: int, base: Record, records: dict[str, Record], state: Tensor
+    ) -> None:
+        """Add the site's values that come from elsewhere. A hidden state is the whole value, so it starts from zero."""
+        state.index_add_(0, work.based.slots, base.value(layer, stage)[work.based.tokens])
+        for source, rows in work.sets:
+            if stage == HIDDEN:
+                state.index_fill_(0, rows.slots, 0)
+            state.index_add_(0, rows.slots, self._source(source, layer, stage, rows.tokens, records, state))
+        for source, rows in work.adds:
+            state.index_add_(0, rows.slots, self._source(source, layer, stage, rows.tokens, records, state))
 
-def record(decoder: Decoder, hidden: Tensor) -> Record:
-    """Run one prompt unpatched, ``[T, D]``, and keep what patched runs read."""
-    result = Record([hidden], [], [], [])
-    positions = torch.arange(hidden.shape[0], device=hidden.device)
-    for layer in decoder.layers:
-        q, k, v = layer.project(on_packed(layer.norm_attn, hidden), positions)
-        attended = _attend(q[None], k[None], v[None], decoder.bias, layer.scale)
-        attn = on_packed(layer.out, attended.flatten(0, 1))
-        middle = hidden + attn
-        mlp = on_packed(layer.mlp, on_packed(layer.norm_mlp, middle))
-        hidden = middle + mlp
-        result.hidden.append(hidden)
-        result.attn.append(attn)
-        result.mlp.append(mlp)
-        result.heads.append((q, k, v))
-    return result
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """``q`` ``[n, Q, H, d]``, ``k`` and ``v`` ``[n, T, G, d]``, ``bias`` ``[1 or H, Q, T]``: ``[n, Q, H x d]``."""
-    grouped = q.shape[2] != k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    result = scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=grouped)
-    return result.transpose(1, 2).flatten(2)
-
-
-def _run_chunk(
-    request: TextRequest, decoder: Decoder, chunk: Chunk, records: dict[str, Record], sources: list[Patch]
-) -> Tensor:
-    """The packed state ``[slots, D]`` of a chunk after the last layer."""
-    base = records[request.base]
-    state = base.hidden[0].new_empty(chunk.slots, base.hidden[0].shape[1])
-
-    def source_rows(source: int, layer: int, stage: int, tokens: Tensor) -> Tensor:
-        patch = sources[source]
+    def _source(
+        self, source: int, layer: int, stage: int, tokens: Tensor, records: dict[str, Record], state: Tensor
+    ) -> Tensor:
+        """A source's values ``[n, D]`` at a site."""
+        patch = self.sources[source]
         if isinstance(patch.source, str):
             return records[patch.source].value(layer, stage)[tokens]
-        return given_rows(patch, tokens, request.ids.shape[0], state)
+        return given_rows(patch, tokens, self.request.ids.shape[0], state)
 
-    for number, (layer, plan) in enumerate(zip(decoder.layers, chunk.layers, strict=True)):
-        attended = None
-        if plan.attention is not None:
-            attended = on_packed(layer.out, _attention(decoder, layer, plan.attention, base.heads[number], state))
-        for stage, work in enumerate(plan.stages):
-            slots, tokens = _tensors(work.join)
-            joining = (base.hidden[number], None, base.hidden[number + 1])[stage]
-            if joining is None:
-                joining = base.hidden[number] + base.attn[number]
-            state[slots] = joining[tokens]
-            computed = torch.from_numpy(work.computed)
-            if stage == ATTN and attended is not None:
-                state.index_add_(0, computed, attended)
-            if stage == MLP and len(computed):
-                for rows in torch.split(computed, MLP_ROWS):
-                    state.index_add_(0, rows, on_packed(layer.mlp, on_packed(layer.norm_mlp, state[rows])))
-            slots, tokens = _tensors(work.based)
-            state.index_add_(0, slots, base.value(number, stage)[tokens])
-            for source, where in work.sets:
-                slots, tokens = _tensors(where)
-                if stage == HIDDEN:
-                    state[slots] = 0
-                state.index_add_(0, slots, source_rows(source, number, stage, tokens))
-            for source, where in work.adds:
-                slots, tokens = _tensors(where)
-                state.index_add_(0, slots, source_rows(source, number, stage, tokens))
-    return state
+    def _attention(self, layer: DecoderLayer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
+        """Attention's result ``[C, H x d]`` at the computed columns, before the output projection."""
+        own = layer.project(self.call, on_packed(layer.norm_attn, state[plan.rows.slots]), plan.rows.tokens)
+        queries = own[0]
+        if plan.query_rows is not None:
+            queries = base[0][plan.suffix_tokens].index_copy_(0, plan.query_rows, own[0])
+        runs = sum(count for _, count in plan.groups)
+        keys, values = (
+            shared.repeat(runs, 1, 1).index_copy_(0, plan.key_rows, mine)
+            for shared, mine in zip(base[1:], own[1:], strict=True)
+        )
+        results, row, run = [], 0, 0
+        for start, count in plan.groups:
+            span = self.length - start
+            q = queries[row : row + count * span].view(count, span, *queries.shape[1:])
+            cached = slice(run * self.length, (run + count) * self.length)
+            k, v = (x[cached].view(count, self.length, *x.shape[1:]) for x in (keys, values))
+            results.append(self._attend(layer, q, k, v).flatten(0, 1))
+            row, run = row + count * span, run + count
+        result = torch.cat(results)
+        return result if plan.chosen is None else result[plan.chosen]
 
+    def _attend(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries ``[n, Q, H, d]`` of the last tokens over keys and values ``[n, T, G, d]``: ``[n, Q, H x d]``."""
+        bias = self.decoder.bias[:, self.length - q.shape[1] :]
+        # torch's fast CPU kernel takes masks of two or four dimensions.
+        bias = bias[0] if len(bias) == 1 else bias[None]
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        result = scaled_dot_product_attention(q, k, v, bias, scale=layer.scale, enable_gqa=grouped)
+        return result.transpose(1, 2).flatten(2)
 
-def _attention(decoder: Decoder, layer: DecoderLayer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
-    slots, tokens = _tensors(plan.rows)
-    heads = layer.project(on_packed(layer.norm_attn, state[slots]), tokens)
-    results = [_group(decoder, layer, group, base, heads).flatten(0, 1) for group in plan.groups]
-    result = torch.cat(results)
-    return result if plan.chosen is None else result[torch.from_numpy(plan.chosen)]
-
-
-def _group(decoder: Decoder, layer: DecoderLayer, group: Group, base: Heads, heads: Heads) -> Tensor:
-    begin, end = group.rows
-    length = decoder.bias.shape[-1]
-    span = length - group.start
-    split = begin + group.steady * span
-    full = []
-    for own, shared in zip(heads, base, strict=True):
-        steady = own[begin:split].view(group.steady, span, *own.shape[1:])
-        fresh = shared[group.start :].repeat(group.fresh, 1, 1)
-        fresh[torch.from_numpy(group.scatter)] = own[split:end]
-        full.append(torch.cat((steady, fresh.view(group.fresh, span, *own.shape[1:]))))
-    q, k, v = full
-    prefix = [x[: group.start].expand(len(q), -1, -1, -1) for x in base[1:]]
-    k, v = torch.cat((prefix[0], k), dim=1), torch.cat((prefix[1], v), dim=1)
-    return _attend(q[:, group.query_start - group.start :], k, v, decoder.bias[:, group.query_start :], layer.scale)
-
-
-def _tensors(rows: Rows) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(rows.slots), torch.from_numpy(rows.tokens)
+    def _compile(self, flat: FlatPatches) -> TextPlan:
+        """The plan, kept for the next prompt or noise sample with the same patches."""
+        request = self.request
+        device, full = request.ids.device, request.ids.shape[0]
+        shape = TextShape(len(self.decoder.layers), self.length, self.decoder.causal, request.column is not None)
+        differs = differs_from(request, flat.sources)
+        if not self.decoder.causal:
+            differs = np.where(differs < full, 0, full)
+        rows = request.max_rows or _CHUNK_ROWS.get(device.type, _MANY_ROWS)
+        key = shape, full, len(request.runs), rows, device, differs.tobytes(), flat.key
+        if key not in _PLANS:
+            sets, adds = split_entries(flat, differs, full)
+            _PLANS[key] = compile_plan(shape, len(request.runs), sets, adds, rows, device)
+            while len(_PLANS) > _KEPT_PLANS:
+                _PLANS.popitem(last=False)
+        _PLANS.move_to_end(key)
+        return _PLANS[key]
 
 
 _PLANS: OrderedDict[object, TextPlan] = OrderedDict()
-
-
-def _plan(request: TextRequest, decoder: Decoder, flat: FlatPatches, length: int) -> TextPlan:
-    """The compiled plan, kept for the next prompt or noise sample with the same patches."""
-    shape = TextShape(len(decoder.layers), length, decoder.causal, request.column is not None)
-    full = request.ids.shape[0]
-    differs = differs_from(request, flat.sources)
-    if not decoder.causal:
-        differs = np.where(differs < full, 0, full)
-    key = shape, full, len(request.runs), differs.tobytes(), flat.key
-    if key not in _PLANS:
-        sets, adds = split_entries(flat, differs, full)
-        _PLANS[key] = compile_plan(shape, len(request.runs), sets, adds, CHUNK_ROWS)
-        while len(_PLANS) > KEPT_PLANS:
-            _PLANS.popitem(last=False)
-    _PLANS.move_to_end(key)
-    return _PLANS[key]

@@ -1,23 +1,30 @@
-"""Tracing a text encoder: the checked request, and the choice of engine."""
+"""Tracing a text encoder or a language model, by the fast engine or the oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, NumericsError, PatchError, SiteError
-from ..patch import Patch, PatchSet, as_runs
-from ..sites import TEXT_PARTS, Site, canonical_path, part_sites
-from .decoder import SUPPORTED, is_supported, word_embedding
+from ..errors import ModelError, NumericsError
+from ..patch import PatchSet
+from .text_request import TextRequest, Tokens, encoder_path, text_request
 from .values import nan_rows
 
-Output = Literal["last", "penultimate", "pooled"]
-OUTPUTS = ("last", "penultimate", "pooled")
-BASES = ("corrupted", "clean")
+__all__ = [
+    "TextPart",
+    "TextRequest",
+    "TextTrace",
+    "encoder_path",
+    "run_text_request",
+    "text_request",
+    "trace_logits",
+    "trace_text",
+    "trace_text_parts",
+]
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class TextTrace:
     """What a text trace returns.
 
     Attributes:
-        clean: ``[T, D]`` (``[D]`` if pooled).
+        clean: ``[T, D]`` (``[D]`` if pooled, ``[A]`` for logits).
         corrupted: ``[T, D]``, or ``[S, T, D]`` where the noise has a sample dimension.
         restored: ``[N, T, D]``, or ``[S, N, T, D]``: one per run, in the order of the patches.
     """
@@ -36,56 +43,35 @@ class TextTrace:
 
 
 @dataclass(frozen=True)
-class TextRequest:
-    """A text trace that has been checked: what both engines read.
+class TextPart:
+    """Some finished runs of one noise sample.
 
     Attributes:
-        encoder: the user's encoder.
-        ids: ``[T]`` on the encoder's device.
-        noise: ``[S, T, D]`` in the encoder's dtype, added to the word embeddings.
-        runs: patches of each run; positions are indices or ``None``.
-        sites: the encoder's sites by path within it (``encoder.layers.0.mlp``).
-        base: the run that is patched.
-        sources: token ids ``[T]`` of further source prompts, by name.
-        output: what is returned.
-        attention_mask: ``[T]``, 0 for padding that must not be read, or ``None``.
-        depth: number of layers that run.
-        column: the only token that is returned, or ``None`` for all.
+        sample: number of the noise sample.
+        runs: numbers of the runs ``[n]``.
+        restored: their outputs ``[n, T, D]`` (``[n, D]`` if pooled).
     """
 
-    encoder: Any
-    ids: Tensor
-    noise: Tensor
-    runs: list[tuple[Patch, ...]]
-    sites: dict[str, Site]
-    base: str
-    sources: dict[str, Tensor]
-    output: str
-    attention_mask: Tensor | None
-    depth: int
-    column: int | None
-
-    def site_of(self, patch: Patch) -> Site:
-        return self.sites[encoder_path(patch.site)]
-
-
-def encoder_path(name: str) -> str:
-    """A site's name without the part: its path within the encoder."""
-    head, _, rest = name.partition(".")
-    return canonical_path(rest if head in TEXT_PARTS else name)
+    sample: int
+    runs: Tensor
+    restored: Tensor
 
 
 def trace_text(
     encoder: Any,
-    input_ids: Tensor | Sequence[int],
+    input_ids: Tokens,
     patches: Iterable[PatchSet],
     noise: Tensor,
     *,
     base: str = "corrupted",
-    sources: Mapping[str, Tensor | Sequence[int]] | None = None,
+    sources: Mapping[str, Tokens] | None = None,
     output: str = "last",
-    attention_mask: Tensor | Sequence[int] | None = None,
+    attention_mask: Tokens | None = None,
     engine: str = "fast",
+    clip_skip: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_rows: int | None = None,
+    out: Tensor | None = None,
 ) -> TextTrace:
     """Run a text encoder clean, corrupted, and once for each element of ``patches``.
 
@@ -100,21 +86,89 @@ def trace_text(
         output: ``"last"`` (after the final layer norm), ``"penultimate"`` (the last layer's input, as SDXL reads), or
             ``"pooled"`` (at the end of text; projected where the encoder has a projection).
         attention_mask: ``[T]``, as in transformers.
-        engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time.
+        engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time. The fast engine calls projections, norms
+            and MLPs as modules, with their hooks and adapters; hooks on whole layers and attentions do not fire.
+        clip_skip: number of last layers to leave out, as in diffusers' pipelines.
+        dtype: run a copy of the encoder in this dtype, such as ``torch.bfloat16``; the results have it too.
+        max_rows: most packed tokens that pass through the model together; one needs about ``(10 D + F) x itemsize``
+            bytes, where ``F`` is the MLP's width. Results do not depend on it.
+        out: where to write ``restored``, in its shape and dtype.
 
     Raises:
-        PatchError: noise or ids of the wrong shape, positions out of range, an unknown source or base.
+        PatchError: noise, ids or tensor sources of the wrong shape, positions out of range, an unknown source or base.
         SiteError: a site that the encoder does not have.
-        ModelError: an encoder, output or engine that is not supported.
+        ModelError: an encoder, output or engine that is not supported; an encoder whose dropout is active.
         NumericsError: a run that is not finite, by number.
     """
-    request = _request(encoder, input_ids, patches, noise, base, sources, output, attention_mask)
+    request = text_request(
+        encoder, input_ids, patches, noise, base=base, sources=sources, output=output, attention_mask=attention_mask,
+        clip_skip=clip_skip, dtype=dtype, max_rows=max_rows, out=out,
+    )  # fmt: skip
+    return run_text_request(request, engine)
+
+
+def trace_logits(
+    model: Any,
+    input_ids: Tokens,
+    patches: Iterable[PatchSet],
+    noise: Tensor,
+    answers: Tokens,
+    *,
+    position: int | None = None,
+    base: str = "corrupted",
+    sources: Mapping[str, Tokens] | None = None,
+    attention_mask: Tokens | None = None,
+    engine: str = "fast",
+    dtype: torch.dtype | None = None,
+    max_rows: int | None = None,
+) -> TextTrace:
+    """Run a language model as `trace_text` does, and return the logits of some answers at one position.
+
+    Nothing of size runs x tokens x vocabulary is made: of the head only the answers' rows are applied, at the position
+    alone, and there alone the last layer's MLP runs.
+
+    Args:
+        answers: token ids ``[A]``.
+        position: the token whose prediction is read; by default the last that ``attention_mask`` does not hide.
+
+    Returns:
+        ``clean`` ``[A]``, ``corrupted`` ``[A]`` or ``[S, A]``, ``restored`` ``[N, A]`` or ``[S, N, A]``.
+
+    Raises:
+        As `trace_text`, and ModelError for a model without a language-modelling head.
+    """
+    request = text_request(
+        model, input_ids, patches, noise, base=base, sources=sources, output="logits", attention_mask=attention_mask,
+        dtype=dtype, max_rows=max_rows, answers=answers, position=position,
+    )  # fmt: skip
+    return run_text_request(request, engine)
+
+
+def trace_text_parts(request: TextRequest) -> Iterator[TextPart]:
+    """The restored runs of a checked request as they are finished, where ``N x T x D`` would not fit in memory.
+
+    Every run of every noise sample comes once, in the order that suits the engine.
+
+    Raises:
+        NumericsError: a run that is not finite, by number.
+    """
+    from .packed_text import PackedText
+
+    with torch.no_grad():
+        packed = PackedText(request)
+        for sample, noise in enumerate(request.noise):
+            for runs, restored in packed.sample(noise)[1]:
+                _check_finite(restored, runs)
+                yield TextPart(sample, runs, restored)
+
+
+def run_text_request(request: TextRequest, engine: str = "fast") -> TextTrace:
+    """Run a checked request; see `trace_text`."""
     with torch.no_grad():
         clean, corrupted, restored = _engine(engine)(request)
-    _check_finite(restored.flatten(0, 1), len(request.runs))
-    if noise.ndim == 2:
-        return TextTrace(clean, corrupted[0], restored[0])
-    return TextTrace(clean, corrupted, restored)
+    runs = torch.arange(len(request.runs)).repeat(len(request.noise))
+    _check_finite(restored.flatten(0, 1), runs)
+    return TextTrace(clean, corrupted, restored) if request.sampled else TextTrace(clean, corrupted[0], restored[0])
 
 
 def _engine(name: str) -> Callable[[TextRequest], tuple[Tensor, Tensor, Tensor]]:
@@ -129,71 +183,13 @@ def _engine(name: str) -> Callable[[TextRequest], tuple[Tensor, Tensor, Tensor]]
     raise ModelError(f'engine={name!r}: expected "fast" or "oracle"')
 
 
-def _check_finite(restored: Tensor, runs: int) -> None:
-    bad = sorted({row % runs for row in nan_rows(restored)})
+def _check_finite(restored: Tensor, runs: Tensor) -> None:
+    # A sum is one pass; where it is not finite, a value or the sum itself overflowed.
+    if bool(torch.isfinite(restored.sum(dtype=torch.float32))):
+        return
+    bad = sorted({int(runs[row]) for row in nan_rows(restored)})
     if bad:
         raise NumericsError(
-            f"{len(bad)} of {runs} text runs are not finite (first: run {bad[0]}) in {restored.dtype}: "
-            "use float32 or bfloat16 for the text encoder, or check the source tensors"
+            f"{len(bad)} text runs are not finite (first: run {bad[0]}) in {restored.dtype}: use float32 or bfloat16 "
+            "for the text encoder, or check the source tensors"
         )
-
-
-def _request(
-    encoder: Any,
-    input_ids: Tensor | Sequence[int],
-    patches: Iterable[PatchSet],
-    noise: Tensor,
-    base: str,
-    sources: Mapping[str, Tensor | Sequence[int]] | None,
-    output: str,
-    attention_mask: Tensor | Sequence[int] | None,
-) -> TextRequest:
-    if not is_supported(encoder):
-        raise ModelError(f"{type(encoder).__name__} is not supported: expected {SUPPORTED}")
-    sites = {encoder_path(site.name): site for site in part_sites(encoder, "text_encoder")}
-    if output not in OUTPUTS:
-        raise ModelError(f"output={output!r}: expected one of {', '.join(OUTPUTS)}")
-    if base not in BASES:
-        raise PatchError(f"base={base!r}: expected one of {', '.join(BASES)}")
-    embedding = word_embedding(encoder).weight
-    ids = torch.as_tensor(input_ids, device=embedding.device).long()
-    if ids.ndim != 1 or ids.shape[0] == 0:
-        raise PatchError(f"input_ids has shape {list(ids.shape)}: expected [T], one prompt")
-    length, width = ids.shape[0], embedding.shape[1]
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise PatchError(f"input_ids has {length} tokens: the encoder takes at most {limit}")
-    if not isinstance(noise, Tensor) or noise.ndim not in (2, 3) or noise.shape[-2:] != (length, width):
-        shape = list(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-        raise PatchError(f"noise has shape {shape}: expected [{length}, {width}] or [S, {length}, {width}]")
-    depth = len([site for site in sites.values() if site.kind == "hidden"]) - (output == "penultimate")
-    column = _pooled_column(encoder, ids) if output == "pooled" else None
-    named = {name: torch.as_tensor(value, device=embedding.device).long() for name, value in (sources or {}).items()}
-    for name, value in named.items():
-        if name in ("clean", "corrupted"):
-            raise PatchError(f"sources has the name {name!r}, which means this trace's own run: choose another")
-        if value.shape != (length,):
-            raise PatchError(f"sources[{name!r}] has shape {list(value.shape)}: expected [{length}], as input_ids")
-    mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=embedding.device).long()
-    if mask is not None and mask.shape != (length,):
-        raise PatchError(f"attention_mask has shape {list(mask.shape)}: expected [{length}]")
-    runs = as_runs(patches)
-    for patch in (patch for run in runs for patch in run):
-        if encoder_path(patch.site) not in sites:
-            raise SiteError(
-                f"{type(encoder).__name__} has no site {patch.site!r}: it has {', '.join(list(sites)[:3])}, ..."
-            )
-        if patch.branch != "cond":
-            raise PatchError(f"{patch.site}: branch={patch.branch!r}, but a text encoder has no guidance branches")
-        patch.within(length, None, {"clean", "corrupted", *named})
-    samples = noise.to(embedding) if noise.ndim == 3 else noise.to(embedding)[None]
-    return TextRequest(encoder, ids, samples, runs, sites, base, named, output, mask, depth, column)
-
-
-def _pooled_column(encoder: Any, ids: Tensor) -> int:
-    """The token whose state CLIP pools: the first end of text, as transformers finds it."""
-    eos = getattr(getattr(encoder, "text_model", encoder), "eos_token_id", None)
-    if eos is None:
-        raise ModelError(f'{type(encoder).__name__} has no pooled output: use output="last" or "penultimate"')
-    # Configurations from before transformers 4.31 say 2, and mean the highest id of the vocabulary.
-    return int(ids.argmax() if eos == 2 else (ids == eos).int().argmax())

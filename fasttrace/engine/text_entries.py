@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..corruption import philox_normal
 from ..patch import ZERO, Add, Noise, Patch, Source
-from .text import TextRequest, encoder_path
 from .text_plan import KIND_STAGE, Entries, Indices
+from .text_request import TextRequest, encoder_path
 from .values import given_value
 
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -60,10 +62,10 @@ class Entries:
 
 @dataclass(frozen=True)
 class Rows:
-    """Slots of the packed state, and the tokens that they hold."""
+    """Slots of the packed state ``[n]``, and the tokens that they hold ``[n]``."""
 
-    slots: Indices
-    tokens: Indices
+    slots: Tensor
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,50 +74,41 @@ class Stage:
 
     Attributes:
         join: enter the packed state with the base run's hidden state.
-        computed: receive what the module computed.
+        computed: slots that receive what the module computed.
         based: receive the base run's value at the site.
         sets: receive a source's value, by source.
         adds: have a source's value added, by source.
     """
 
     join: Rows
-    computed: Indices
+    computed: Tensor
     based: Rows
     sets: list[tuple[int, Rows]]
     adds: list[tuple[int, Rows]]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs whose first live column is the same, in one layer's attention.
+class Attention:
+    """One layer's attention over the runs that need it, in the order of their first live token.
+
+    Every run has queries from its first live token to the last: its *suffix*. Where an input there is not live (just
+    after the run joined) the base run's query, key and value fill the gap.
 
     Attributes:
-        start: the first live column.
-        query_start: the first column whose query is needed.
-        steady: number of runs that are live from ``start`` to the end; their tokens come first.
-        fresh: number of runs with gaps, which the base run fills.
-        rows: the group's first and last packed token.
-        scatter: where the fresh runs' tokens go among ``fresh x (T - start)`` columns.
-    """
-
-    start: int
-    query_start: int
-    steady: int
-    fresh: int
-    rows: tuple[int, int]
-    scatter: Indices
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention: the tokens that yield keys and values, and where the result of each group goes.
-
-    ``chosen`` picks the computed columns out of the groups' results put end to end; ``None`` for all of them.
+        rows: the live inputs, ``R`` of them.
+        key_rows: where their keys go among ``runs x T``, ``[R]``.
+        query_rows: where their queries go among the suffixes, ``[R]``; ``None`` if they are all of them.
+        suffix_tokens: tokens of the suffixes, put end to end.
+        groups: (first live token, number of runs), ascending.
+        chosen: which suffix tokens are computed further; ``None`` for all.
     """
 
     rows: Rows
-    groups: list[Group]
-    chosen: Indices | None
+    key_rows: Tensor
+    query_rows: Tensor | None
+    suffix_tokens: Tensor
+    groups: list[tuple[int, int]]
+    chosen: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -129,26 +122,38 @@ class Chunk:
     """Runs that pass through the model together.
 
     Attributes:
-        slots: rows of the packed state.
+        runs: their numbers ``[n]``.
+        slots: number of rows of the packed state.
         layers: one plan a layer.
         final: slots that are returned.
-        target: where they go in the flattened ``[N x T]`` (``[N]`` if only the last token is returned).
+        target: where they go among ``n x T`` (``n`` if only the last token is returned).
     """
 
+    runs: Tensor
     slots: int
     layers: list[LayerPlan]
-    final: Indices
-    target: Indices
+    final: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True)
 class TextPlan:
+    """Chunks of runs, and the ``idle`` runs ``[n]`` that equal their base run."""
+
     shape: TextShape
     chunks: list[Chunk] = field(repr=False)
+    idle: Tensor
+
+    @property
+    def token_layers(self) -> int:
+        """Tokens that pass through an MLP, summed over layers: a measure of the plan's cost."""
+        return sum(len(layer.stages[MLP].computed) for chunk in self.chunks for layer in chunk.layers)
 
 
-def compile_plan(shape: TextShape, runs: int, sets: Entries, adds: Entries, chunk_rows: int) -> TextPlan:
-    """Compile the plan of all runs.
+def compile_plan(
+    shape: TextShape, runs: int, sets: Entries, adds: Entries, chunk_rows: int, device: torch.device
+) -> TextPlan:
+    """Compile the plan of all runs, its indices on ``device``.
 
     Args:
         shape: of the model and the request.
@@ -167,16 +172,25 @@ def compile_plan(shape: TextShape, runs: int, sets: Entries, adds: Entries, chun
     for entries in (sets[~sets.same], adds):
         np.minimum.at(joined, entries.run, entries.stage)
     order = np.lexsort((joined, start))
-    order = order[start[order] < shape.length]
-    chunks = []
-    for part in _split(shape.length - start[order], chunk_rows):
-        members = order[part]
-        local = np.full(runs, -1)
-        local[members] = np.arange(len(members))
-        own = [entries[local[entries.run] >= 0] for entries in (sets, adds)]
-        own = [Entries(local[e.run], e.stage, e.token, e.source, e.same) for e in own]
-        chunks.append(_ChunkCompiler(shape, start[members], *own).compile(members))
-    return TextPlan(shape, chunks)
+    idle, order = order[start[order] == shape.length], order[start[order] < shape.length]
+    parts = _split(shape.length - start[order], chunk_rows)
+    chunk, local = np.full(runs, -1), np.zeros(runs, dtype=np.int64)
+    for number, part in enumerate(parts):
+        chunk[order[part]], local[order[part]] = number, np.arange(part.stop - part.start)
+    own_sets, own_adds = (_by_chunk(entries, chunk, local, len(parts)) for entries in (sets, adds))
+    chunks = [
+        _ChunkCompiler(shape, start[order[part]], part_sets, part_adds, device).compile(order[part])
+        for part, part_sets, part_adds in zip(parts, own_sets, own_adds, strict=True)
+    ]
+    return TextPlan(shape, chunks, torch.from_numpy(idle).to(device))
+
+
+def _by_chunk(entries: Entries, chunk: Indices, local: Indices, chunks: int) -> list[Entries]:
+    """Each chunk's entries, their runs numbered within it."""
+    entries = entries[np.argsort(chunk[entries.run], kind="stable")]
+    bounds = np.searchsorted(chunk[entries.run], np.arange(chunks + 1))
+    own = [entries[np.arange(a, b)] for a, b in pairwise(bounds)]
+    return [Entries(local[e.run], e.stage, e.token, e.source, e.same) for e in own]
 
 
 def _split(sizes: Indices, limit: int) -> list[slice]:
@@ -194,9 +208,8 @@ def _split(sizes: Indices, limit: int) -> list[slice]:
 class _ChunkCompiler:
     """Masks ``[n, T]`` over the runs and tokens of a chunk, turned into indices."""
 
-    def __init__(self, shape: TextShape, start: Indices, sets: Entries, adds: Entries) -> None:
-        self.shape, self.start = shape, start
-        self.tokens = np.arange(shape.length)
+    def __init__(self, shape: TextShape, start: Indices, sets: Entries, adds: Entries, device: torch.device) -> None:
+        self.shape, self.start, self.device = shape, start, device
         self.offset = np.concatenate(([0], np.cumsum(shape.length - start)))
         self.sets = self._by_stage(sets)
         self.adds = self._by_stage(adds)
@@ -214,8 +227,8 @@ class _ChunkCompiler:
             plan, live = self._layer(layer, live, needed[layer + 1])
             plans.append(plan)
         run, token = np.nonzero(live)
-        target = members[run] if self.shape.last_only else members[run] * self.shape.length + token
-        return Chunk(int(self.offset[-1]), plans, self._rows(live).slots, target)
+        target = self._tensor(run if self.shape.last_only else run * self.shape.length + token)
+        return Chunk(self._tensor(members), int(self.offset[-1]), plans, self._rows(live).slots, target)
 
     def _needed(self) -> list[Mask]:
         """For each layer's input, and the last one's output, the columns on which the result depends."""
@@ -270,43 +283,44 @@ class _ChunkCompiler:
         if not len(reading):
             return None
         first = live[reading].argmax(axis=1) if self.shape.causal else np.zeros_like(reading)
-        fresh = live[reading].sum(axis=1) < length - first
-        order = np.lexsort((fresh, first))
-        reading, first, fresh = reading[order], first[order], fresh[order]
+        order = np.argsort(first, kind="stable")
+        reading, first = reading[order], first[order]
         run, token = np.nonzero(live[reading])
-        bounds = np.flatnonzero(np.diff(first, prepend=-1))
-        groups, result_start = [], np.empty(len(reading), dtype=np.int64)
-        filled = 0
-        for a, b in zip(bounds, [*bounds[1:], len(reading)], strict=True):
-            start, steady = int(first[a]), int((~fresh[a:b]).sum())
-            query_start = int(computed[reading[a:b]].any(axis=0).argmax())
-            packed = np.searchsorted(run, (a, a + steady, b))
-            gaps = slice(packed[1], packed[2])
-            scatter = (run[gaps] - a - steady) * (length - start) + token[gaps] - start
-            rows = (int(packed[0]), int(packed[2]))
-            groups.append(Group(start, query_start, steady, int(b - a) - steady, rows, scatter))
-            result_start[a:b] = filled - query_start + np.arange(b - a) * (length - query_start)
-            filled += (b - a) * (length - query_start)
-        where = np.empty(len(live), dtype=np.int64)
-        where[reading] = result_start
-        computed_run, computed_token = np.nonzero(computed)
-        chosen = where[computed_run] + computed_token
-        everything = len(chosen) == filled and bool((np.diff(chosen) == 1).all())
-        return Attention(Rows(self._slots(reading[run], token), token), groups, None if everything else chosen)
+        suffix_start = np.cumsum(length - first) - (length - first) - first
+        suffix_tokens = np.nonzero(np.arange(length) >= first[:, None])[1]
+        query_rows = suffix_start[run] + token
+        # Back to the order of the runs in the chunk, in which computed slots are listed.
+        where = np.zeros(len(live), dtype=np.int64)
+        where[reading] = suffix_start
+        chosen_run, chosen_token = np.nonzero(computed)
+        chosen = where[chosen_run] + chosen_token
+        starts, counts = np.unique(first, return_counts=True)
+        return Attention(
+            Rows(self._tensor(self._slots(reading[run], token)), self._tensor(token)),
+            self._tensor(run * length + token),
+            self._unless_all(query_rows, len(suffix_tokens)),
+            self._tensor(suffix_tokens),
+            list(zip(starts.tolist(), counts.tolist(), strict=True)),
+            self._unless_all(chosen, len(suffix_tokens)),
+        )
+
+    def _unless_all(self, rows: Indices, count: int) -> Tensor | None:
+        return None if np.array_equal(rows, np.arange(count)) else self._tensor(rows)
+
+    def _tensor(self, array: Indices) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _slots(self, run: Indices, token: Indices) -> Indices:
         return self.offset[run] + token - self.start[run]
 
     def _rows(self, mask: Mask) -> Rows:
         run, token = np.nonzero(mask)
-        return Rows(self._slots(run, token), token)
+        return Rows(self._tensor(self._slots(run, token)), self._tensor(token))
 
     def _by_source(self, entries: Entries) -> list[tuple[int, Rows]]:
         slots = self._slots(entries.run, entries.token)
-        return [
-            (int(source), Rows(slots[entries.source == source], entries.token[entries.source == source]))
-            for source in np.unique(entries.source)
-        ]
+        which = [(int(source), entries.source == source) for source in np.unique(entries.source)]
+        return [(source, Rows(self._tensor(slots[w]), self._tensor(entries.token[w]))) for source, w in which]
 
     def _mask(self, entries: Entries) -> Mask:
         mask = np.zeros((len(self.start), self.shape.length), dtype=bool)
