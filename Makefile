@@ -28,10 +28,10 @@ demo: $(VENV)/.core  ## trace the packaged model and look at what was found (min
 	@$(PY) -m fasttrace demo --out demo
 
 test: $(VENV)/.test lint types  ## ruff, mypy and the whole test suite
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.test  ## the suite with its slow tests
-	@$(PY) -m pytest --slow
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --slow
 
 lint: $(VENV)/.test
 	@$(PY) -m ruff check .

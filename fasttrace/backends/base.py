@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine.decoder import on_packed, word_embedding
+from ..engine.decoder import word_embedding
+from ..engine.linear import on_packed
 from ..engine.text import trace_text
 from ..errors import BackendError
 from ..patch import PatchSet

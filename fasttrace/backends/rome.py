@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.decoder import on_packed, word_embedding
+from ..engine.decoder import word_embedding
+from ..engine.linear import on_packed
 from ..engine.text import encoder_path
 from ..errors import BackendError, SiteError
 from ..patch import Patch

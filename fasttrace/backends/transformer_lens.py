@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.decoder import decoder_of, on_packed
+from ..engine.decoder import decoder_of
+from ..engine.linear import on_packed
 from ..errors import BackendError
 from ..patch import Patch
 from ..sites import part_sites
