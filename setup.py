@@ -56,6 +56,7 @@ setup(
     package_data={
         "fasttrace.zoo.emoji": ["*.md", "*.png", "*.json", "weights/**/*"],
         "fasttrace": ["py.typed", "data/*.jsonl"],
+        "fasttrace.backends": ["README.md"],
         "fasttrace.kernels": ["**/README.md"],
     },
     **extension(),
