@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fasttrace.profile.ceilings import machine_name
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
@@ -30,7 +32,7 @@ def provenance() -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "machine": machine_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
@@ -57,16 +59,6 @@ def append(suite: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(everything)
     return path
-
-
-def cpu_name() -> str:
-    """The processor's model and the number of cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _git(*arguments: str) -> str:

@@ -44,20 +44,3 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int = 5,
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def gemm_rate(size: int = 2048, dtype: torch.dtype = torch.float32, rounds: int = 5) -> float:
-    """The machine's own GEMM rate in FLOP/s on a large square product: median over some rounds."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = interleaved({"gemm": lambda: a @ b}, rounds, warmup=2)["gemm"]
-    return 2.0 * size**3 / timing.median
-
-
-def copy_bandwidth(mebibytes: int = 256, rounds: int = 5) -> float:
-    """The machine's own copy bandwidth in bytes/s, counting bytes read and bytes written."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.randn(mebibytes * 2**18, device=device)
-    target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, rounds, warmup=2)["copy"]
-    return 2.0 * source.nbytes / timing.median

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +37,7 @@ def profile(
     from ..pipeline import check_traceable
     from ..sites import discover_sites, select_sites
     from . import measure
-    from .ceilings import measure_ceilings
+    from .ceilings import machine_name, measure_ceilings
     from .overhead import STEPS, patching_overhead
     from .savings import savings
 
@@ -60,10 +59,9 @@ def profile(
     rows = min(8, len(chosen))
     predicted = 2 * (rows + 2) * 2 * STEPS * best.per_sample
     overhead = patching_overhead(pipe, chosen, rows, 3) if 4 * predicted < budget / 2 else None
-    device = pipe.unet.device.type
     return Profile(
         model,
-        f"{_machine(device)}, {str(pipe.unet.dtype).removeprefix('torch.')}",
+        f"{machine_name(pipe.unet.device)}, {str(pipe.unet.dtype).removeprefix('torch.')}",
         ceilings,
         kinds,
         batches,
@@ -124,15 +122,3 @@ def _write_trace(pipe: Any, batch: int, path: Path) -> None:
     with torch_profile(activities=activities) as recorded:
         call(batch)
     recorded.export_chrome_trace(str(path))
-
-
-def _machine(device: str) -> str:
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = device
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{model}, {torch.get_num_threads()} threads"
