@@ -108,13 +108,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def guarded(device: str) -> Iterator[Callable[..., Tensor]]:
-    """Make tensors inside poisoned memory, and check afterwards that no kernel wrote outside them.
+    """Make tensors inside guard regions, and check afterwards that no kernel wrote outside them.
 
-    ``guarded(tensor)`` gives an input of the same values, ``guarded(shape, dtype)`` an output filled with NaN. NaN lies
-    before, behind and, with ``gap=n``, in ``n`` elements between the rows of the last dimension, so that a value read
-    from outside poisons the result.
+    ``guarded(tensor)`` gives an input of the same values, ``guarded(shape, dtype)`` an output filled with NaN. Guards
+    lie before, behind and, with ``gap=n``, in ``n`` elements between the rows of the last dimension. Those of an input
+    are NaN, so that a value read from outside poisons the result; those of an output are finite, so that a NaN which
+    was computed from outside and written outside shows.
     """
-    made: list[tuple[Tensor, Tensor]] = []
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def make(content: Tensor | tuple[int, ...], dtype: torch.dtype = torch.float32, *, gap: int = 0) -> Tensor:
         source = content if isinstance(content, Tensor) else nan_filled(content, dtype)
@@ -123,18 +124,19 @@ def guarded(device: str) -> Iterator[Callable[..., Tensor]]:
         rows = 1
         for size in shape[:-1]:
             rows *= size
-        buffer = nan_filled((2 * GUARD + rows * pitch,), source.dtype).to(device)
+        poison = nan_filled((2 * GUARD + rows * pitch,), source.dtype)
+        buffer = (poison if isinstance(content, Tensor) else torch.full_like(poison, 1)).to(device)
         inside = torch.zeros(buffer.shape, dtype=torch.bool)
         window = buffer[GUARD : GUARD + rows * pitch].view(*shape[:-1], pitch)[..., : pitch - gap]
         inside[GUARD : GUARD + rows * pitch].view(rows, pitch)[:, : pitch - gap] = True
         window.copy_(source)
-        made.append((buffer, inside))
+        made.append((buffer, inside, buffer.cpu()[~inside]))
         return window.view(shape)
 
     yield make
-    for buffer, inside in made:
+    for buffer, inside, before in made:
         outside = buffer.cpu()[~inside]
-        assert torch.equal(poisoned(outside), torch.ones_like(outside, dtype=torch.bool)), "written outside its tensor"
+        assert torch.equal(outside.view(torch.uint8), before.view(torch.uint8)), "written outside its tensor"
 
 
 def nan_filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -142,12 +144,6 @@ def nan_filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
     return torch.full(shape, float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
-
-
-def poisoned(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.bool:
-        return tensor
-    return tensor.isnan() if tensor.dtype.is_floating_point else tensor == torch.iinfo(tensor.dtype).min
 
 
 @pytest.fixture
