@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .decoder import DecoderLayer, Heads, decoder_of, text_head
+from .decoder import Decoder, DecoderLayer, Heads, decoder_of, text_head
 from .linear import linear_calls, on_packed
 from .text_entries import FlatPatches, differs_from, flatten, given_rows, split_entries
 from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, Stage, TextPlan, TextShape, compile_plan
 from .text_request import TextRequest
 
 # Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
-_CHUNK_ROWS = {"cpu": 4096}
-_MLP_ROWS = {"cpu": 512}
+_CHUNK_ROWS = {"cpu": 8192}
+_MLP_ROWS = {"cpu": 1024}
 _MANY_ROWS = 65536
 _KEPT_PLANS = 4
 
@@ -62,14 +62,10 @@ class PackedText:
 
     def __init__(self, request: TextRequest) -> None:
         self.request = request
-        # A causal model does nothing for the tokens after the one that is read.
-        self.length = request.ids.shape[0] if request.column is None else request.column + 1
-        mask = None if request.attention_mask is None else request.attention_mask[: self.length]
-        self.decoder = decoder_of(request.encoder, self.length, mask)
-        del self.decoder.layers[request.depth :]
+        self.decoder, self.length = _decoder(request)
         flat = flatten(request)
         self.sources = flat.sources
-        self.plan = self._compile(flat)
+        self.plan = _compile(request, self.decoder, self.length, flat)
         prompts = {**request.sources, "clean": request.ids}
         self.records = {name: self._record(ids, None) for name, ids in prompts.items()}
         self.clean = self._output(self.records["clean"].hidden[-1])
@@ -200,23 +196,43 @@ class PackedText:
         result = scaled_dot_product_attention(q, k, v, bias, scale=layer.scale, enable_gqa=grouped)
         return result.transpose(1, 2).flatten(2)
 
-    def _compile(self, flat: FlatPatches) -> TextPlan:
-        """The plan, kept for the next prompt or noise sample with the same patches."""
-        request = self.request
-        device, full = request.ids.device, request.ids.shape[0]
-        shape = TextShape(len(self.decoder.layers), self.length, self.decoder.causal, request.column is not None)
-        differs = differs_from(request, flat.sources)
-        if not self.decoder.causal:
-            differs = np.where(differs < full, 0, full)
-        rows = request.max_rows or _CHUNK_ROWS.get(device.type, _MANY_ROWS)
-        key = shape, full, len(request.runs), rows, device, differs.tobytes(), flat.key
-        if key not in _PLANS:
-            sets, adds = split_entries(flat, differs, full)
-            _PLANS[key] = compile_plan(shape, len(request.runs), sets, adds, rows, device)
-            while len(_PLANS) > _KEPT_PLANS:
-                _PLANS.popitem(last=False)
-        _PLANS.move_to_end(key)
-        return _PLANS[key]
-
 
 _PLANS: OrderedDict[object, TextPlan] = OrderedDict()
+
+
+def plan_of(request: TextRequest) -> TextPlan:
+    """The plan of a request, without running it."""
+    decoder, length = _decoder(request)
+    return _compile(request, decoder, length, flatten(request))
+
+
+def forget_plans() -> None:
+    """Drop the compiled plans that are kept."""
+    _PLANS.clear()
+
+
+def _decoder(request: TextRequest) -> tuple[Decoder, int]:
+    """The layers that run, and the number of tokens: a causal model does nothing after the one that is read."""
+    length = request.ids.shape[0] if request.column is None else request.column + 1
+    mask = None if request.attention_mask is None else request.attention_mask[:length]
+    decoder = decoder_of(request.encoder, length, mask)
+    del decoder.layers[request.depth :]
+    return decoder, length
+
+
+def _compile(request: TextRequest, decoder: Decoder, length: int, flat: FlatPatches) -> TextPlan:
+    """The plan, kept for the next prompt or noise sample with the same patches."""
+    device, full = request.ids.device, request.ids.shape[0]
+    shape = TextShape(len(decoder.layers), length, decoder.causal, request.column is not None)
+    differs = differs_from(request, flat.sources)
+    if not decoder.causal:
+        differs = np.where(differs < full, 0, full)
+    rows = request.max_rows or _CHUNK_ROWS.get(device.type, _MANY_ROWS)
+    key = shape, full, len(request.runs), rows, device, differs.tobytes(), flat.key
+    if key not in _PLANS:
+        sets, adds = split_entries(flat, differs, full)
+        _PLANS[key] = compile_plan(shape, len(request.runs), sets, adds, rows, device)
+        while len(_PLANS) > _KEPT_PLANS:
+            _PLANS.popitem(last=False)
+    _PLANS.move_to_end(key)
+    return _PLANS[key]

@@ -146,8 +146,25 @@ class TextPlan:
 
     @property
     def token_layers(self) -> int:
-        """Tokens that pass through an MLP, summed over layers: a measure of the plan's cost."""
+        """Tokens that pass through an MLP, summed over layers."""
         return sum(len(layer.stages[MLP].computed) for chunk in self.chunks for layer in chunk.layers)
+
+    def flops(self, width: int, inner: int) -> int:
+        """Floating-point operations of the packed pass: projections, attention and an ungated MLP, no base runs.
+
+        Args:
+            width: of the hidden state and of all heads together.
+            inner: of the MLP.
+        """
+        total = 4 * width * inner * self.token_layers
+        for attention, out in (
+            (layer.attention, layer.stages[ATTN]) for chunk in self.chunks for layer in chunk.layers if layer.attention
+        ):
+            readable = int((attention.suffix_tokens + 1).sum())
+            if not self.shape.causal:
+                readable = len(attention.suffix_tokens) * self.shape.length
+            total += 6 * width**2 * len(attention.rows.slots) + 2 * width**2 * len(out.computed) + 4 * width * readable
+        return total
 
 
 def compile_plan(

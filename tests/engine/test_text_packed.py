@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,9 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import fasttrace as ft
-from fasttrace.engine.text import TextTrace
+from fasttrace.engine import linear
+from fasttrace.engine.packed_text import plan_of
+from fasttrace.engine.text import TextTrace, text_request, trace_logits, trace_text_parts
 from fasttrace.sites import part_sites
-from tests.engine.text_models import ALL, CLIP, EOS, LENGTH, VOCABULARY, text_model
+from tests.engine.text_models import ALL, CLIP, EOS, LANGUAGE, LENGTH, VOCABULARY, text_model
 
 WIDTH = 16
 IDS = torch.tensor([48, 3, 4, 5, 6, 7, EOS, EOS, EOS])
@@ -81,3 +84,150 @@ def test_any_mix_of_patches(name: str, data: st.DataObject) -> None:
         "noise": noise(data.draw(seeds), data.draw(st.sampled_from(((3, 4), (0,), (2, 7), (8,))))),
     }
     assert_equal(trace(model, patches, "fast", **options), trace(model, patches, "oracle", **options))
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-projection", "t5", "gpt2", "qwen3"])
+def test_every_single_cell(name: str) -> None:
+    """Each (site, token), by itself and as the window of three layers from there."""
+    model = text_model(name)
+    sites = part_sites(model, "text_encoder")
+    cells = [(ft.Patch(site, [token]),) for site in sites for token in range(LENGTH)]
+    windows = [tuple(ft.Patch(s, [t]) for s in sites[kind::3]) for kind in range(3) for t in range(LENGTH)]
+    assert_equal(trace(model, cells + windows, "fast"), trace(model, cells + windows, "oracle"))
+
+
+@pytest.mark.parametrize("name", ["clip", "clip-legacy", "clip-projection", "t5", "t5-gated", "llama"])
+def test_oracles_of_the_design(name: str) -> None:
+    """No position gives the base run; hidden states at all positions of one layer give the clean run."""
+    model = text_model(name)
+    hidden = [site for site in part_sites(model, "text_encoder") if site.kind == "hidden"]
+    result = trace(model, [ft.Patch(site, []) for site in hidden] + [ft.Patch(site) for site in hidden], "fast")
+    nothing, everything = result.restored[:, : len(hidden)], result.restored[:, len(hidden) :]
+    assert float((result.corrupted - result.clean).abs().max()) > 0.01
+    torch.testing.assert_close(nothing, result.corrupted[:, None].expand_as(nothing), rtol=0, atol=0)
+    torch.testing.assert_close(everything, result.clean.expand_as(everything), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip", "gpt2"])
+def test_tokens_before_the_corruption_cost_nothing(name: str) -> None:
+    model = text_model(name)
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(3)]
+    plan = plan_of(text_request(model, IDS, cells, noise(0)[0]))
+    assert len(plan.idle) == len(cells)
+    assert plan.flops(WIDTH, 24) == 0
+    result = trace(model, cells, "fast", noise=noise(0)[0])
+    torch.testing.assert_close(result.restored, result.corrupted.expand_as(result.restored), rtol=0, atol=0)
+
+
+def test_the_plan_computes_no_more_than_is_live() -> None:
+    """One cell: its own column in its layer, one key and value in the next, then the suffix from its token on."""
+    model, layers, token = text_model("clip"), 3, 4
+    for layer in range(layers):
+        plan = plan_of(text_request(model, IDS, [ft.Patch(f"encoder.layers.{layer}.self_attn", [token])], noise(0)[0]))
+        (chunk,) = plan.chunks
+        mlp = [len(work.stages[1].computed) for work in chunk.layers]
+        keys = [len(work.attention.rows.slots) if work.attention else 0 for work in chunk.layers]
+        suffix = LENGTH - token
+        assert mlp == [0] * layer + [1] + [suffix] * (layers - 1 - layer)
+        assert keys == ([0] * (layer + 1) + [1] + [suffix] * layers)[:layers]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 1000])
+def test_results_do_not_depend_on_the_budget_or_on_batch_mates(rows: int) -> None:
+    model = text_model("clip")
+    sites = part_sites(model, "text_encoder")
+    cells = [ft.Patch(site, [token]) for site in sites for token in range(LENGTH)]
+    whole = trace(model, cells, "fast")
+    assert_equal(trace(model, cells, "fast", max_rows=rows), whole)
+    order = torch.randperm(len(cells), generator=torch.Generator().manual_seed(rows))
+    some = order[: rows + 1]
+    mixed = trace(model, [cells[i] for i in some], "fast", max_rows=rows)
+    torch.testing.assert_close(mixed.restored, whole.restored[:, some], rtol=1e-12, atol=1e-12)
+
+
+def test_parts_and_a_given_output_hold_the_same() -> None:
+    model = text_model("clip-projection")
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    whole = trace(model, cells, "fast")
+    out = torch.full((2, len(cells), LENGTH, WIDTH), float("nan"), dtype=torch.float64)
+    assert trace(model, cells, "fast", out=out).restored.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, whole.restored, rtol=0, atol=0)
+    collected = torch.full_like(out, float("nan"))
+    for part in trace_text_parts(text_request(model, IDS, cells, noise(0), max_rows=40)):
+        collected[part.sample, part.runs] = part.restored
+    torch.testing.assert_close(collected, whole.restored, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip(skip: int) -> None:
+    model = text_model("clip")
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in (3, 6)]
+    fast = trace(model, cells, "fast", clip_skip=skip)
+    assert_equal(fast, trace(model, cells, "oracle", clip_skip=skip))
+    states = model(input_ids=IDS[None], output_hidden_states=True).hidden_states[-(skip + 1)]
+    torch.testing.assert_close(fast.clean, model.final_layer_norm(states)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize(("mask", "position"), [(MASKS[0], None), (MASKS[1], None), (MASKS[2], 5)])
+def test_logits_of_chosen_answers(name: str, mask: list[int] | None, position: int | None) -> None:
+    model = text_model(name)
+    cells = [ft.Patch(site, [token]) for site in ft.discover_sites(model) for token in (0, 3, 5, 6, 8)]
+    fast, oracle = (
+        trace_logits(model, IDS, cells, noise(1), [4, 17], attention_mask=mask, position=position, engine=engine)
+        for engine in ("fast", "oracle")
+    )
+    assert fast.restored.shape == (2, len(cells), 2)
+    assert_equal(fast, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["clip", "clip-projection", "gpt2", "t5", "llama"])
+def test_reordered_weights(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of long passes, forced; in bfloat16 it is as near to the truth as the modules are."""
+    monkeypatch.setattr(linear, "WORTHWHILE_ROWS", 1)
+    model = text_model(name, dtype)
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    fast, oracle = trace(model, cells, "fast"), trace(model, cells, "oracle")
+    error, scale = (fast.restored - oracle.restored).abs().max(), oracle.restored.abs().max()
+    assert float(error / scale) < (1e-5 if dtype == torch.float32 else 0.1)
+    if dtype == torch.float32:
+        return
+    truth = trace(text_model(name), cells, "oracle").restored
+    ours, theirs = ((x.restored.double() - truth).norm() / truth.norm() for x in (fast, oracle))
+    assert float(ours) < 1.5 * float(theirs)
+
+
+def test_hooks_and_adapters_on_submodules_keep_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "WORTHWHILE_ROWS", 1)
+    model = text_model("clip", torch.float32)
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    hooked = [model.encoder.layers[1].mlp.fc1, model.encoder.layers[0].self_attn.v_proj, model.encoder.layers[2].mlp]
+    plain = trace(model, cells, "fast")
+    handles = [module.register_forward_hook(lambda module, args, output: output * 1.5) for module in hooked]
+    try:
+        changed = trace(model, cells, "fast")
+        assert_equal(changed, trace(model, cells, "oracle"), tolerance=1e-5)
+        assert float((changed.restored - plain.restored).abs().max()) > 0.1
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert_equal(trace(model, cells, "fast"), plain, tolerance=0)
+
+
+def test_a_changed_weight_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "WORTHWHILE_ROWS", 1)
+    model = copy.deepcopy(text_model("clip", torch.float32))
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    trace(model, cells, "fast")
+    model.encoder.layers[1].mlp.fc2.weight.data.mul_(1.5)
+    assert_equal(trace(model, cells, "fast"), trace(model, cells, "oracle"), tolerance=1e-5)
+
+
+def test_a_chosen_dtype_leaves_the_encoder_alone() -> None:
+    model = text_model("clip", torch.float32)
+    cells = [ft.Patch(site, [5]) for site in part_sites(model, "text_encoder")]
+    result = trace(model, cells, "fast", dtype=torch.float64)
+    assert result.restored.dtype == torch.float64
+    assert model.encoder.layers[0].mlp.fc1.weight.dtype == torch.float32
+    assert_equal(result, trace(model, cells, "oracle", dtype=torch.float64))
