@@ -91,7 +91,7 @@ class HubClip:
         side = self._model.config.vision_config.image_size
         height, width = images.shape[-2:]
         scale = side / min(height, width)
-        size = (max(side, round(height * scale)), max(side, round(width * scale)))
+        size = (max(side, int(height * scale)), max(side, int(width * scale)))  # rounded as transformers rounds
         pictures = F.interpolate(images.float().to(self._device), size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - side) // 2, (size[1] - side) // 2
         pictures = pictures[..., top : top + side, left : left + side]

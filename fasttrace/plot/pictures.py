@@ -52,8 +52,8 @@ def picture_grid(
     titles = [[picture.title for picture in pictures] for _, pictures in rows]
     shared = all(line == titles[0] for line in titles)
     lines = 1 + max(title.count("\n") for line in titles for title in line)
-    height = 1.85 * len(rows) + 0.17 * lines * (1 if shared else len(rows))
-    fig = style.figure(max(1.55 * columns + 1.2, 6.0), height + 1.0)
+    height = 1.88 * len(rows) + 0.17 * lines * (1 if shared else len(rows))
+    fig = style.figure(max(1.55 * columns + 1.2, 6.0), height + 0.7)
     axes = fig.subplots(len(rows), columns, squeeze=False, gridspec_kw={"hspace": 0.0})
     for place, ((label, pictures), line) in enumerate(zip(rows, axes, strict=True)):
         for index, axis in enumerate(line):

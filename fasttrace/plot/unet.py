@@ -46,7 +46,8 @@ def draw_sites(fig: Any, effects: Effects) -> None:
     axes[0].set_xlim(-0.6, len(place) - 0.4)
     axes[0].annotate(
         f"clean: total effect {number(total)}", (0.997, total), xycoords=("axes fraction", "data"), ha="right",
-        va="bottom", fontsize=8, color=style.MUTED,
+        va="bottom", fontsize=8, color=style.MUTED, zorder=6,
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
     )  # fmt: skip
     fig.supylabel("average indirect effect: restored − corrupted score", fontsize=9.5, color=style.INK)
     axes[-1].set_xticks([])
