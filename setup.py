@@ -57,6 +57,7 @@ setup(
         "fasttrace.zoo.emoji": ["*.md", "*.png", "*.json", "weights/**/*"],
         "fasttrace": ["py.typed", "data/*.jsonl"],
         "fasttrace.backends": ["README.md"],
+        "fasttrace.ops": ["selection.csv"],
         "fasttrace.kernels": ["**/README.md"],
     },
     **extension(),
