@@ -72,7 +72,7 @@ class Applied:
 
 @torch.no_grad()
 def add_updates(weights: Sequence[Tensor], updates: Sequence[Update]) -> None:
-    """``W += left rightᵀ`` in place for many matrices, seen by whatever watches their version counters."""
+    """``W += left rightᵀ`` in place for many matrices; a factor that several share is moved to their device once."""
     wide = [torch.promote_types(weight.dtype, torch.float32) for weight in weights]
     moved: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
@@ -84,10 +84,7 @@ def add_updates(weights: Sequence[Tensor], updates: Sequence[Update]) -> None:
 
     left = [shared(u.left, w, dtype) for u, w, dtype in zip(updates, weights, wide, strict=True)]
     right = [shared(u.right, w, dtype) for u, w, dtype in zip(updates, weights, wide, strict=True)]
-    plain = [weight.detach() for weight in weights]
-    rank_update(plain, left, right, inplace=True)
-    # A kernel that writes to memory by itself leaves the counter behind, and derived weights are keyed by it.
-    torch.autograd.graph.increment_version(list(weights))
+    rank_update([weight.detach() for weight in weights], left, right, inplace=True)
 
 
 def unedited(weight: Tensor) -> Tensor:
