@@ -1,0 +1,187 @@
+"""Every UNet site restored at every step, one prompt and seed, against the bare UNet and against plain hooks.
+
+python -m bench.bench_unet [free|forced|grid|hooks|compile|bf16|patches ...]
+
+The floor is the bare UNet (no runs, no patches, no scheduler) in channels-last at the batch that is best in the same
+process, times the forwards that the exact plan needs. Hooks run one (site, run) after another; they are timed on a few
+sites and scaled. The UNet is the packaged model's where it is there, else one of 11.2 M parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fasttrace as ft
+from fasttrace.engine.unet import UNetPlanSummary, UNetRequest, plan_summary, run_request, unet_request
+
+from . import record
+from .timing import interleaved
+
+STEPS, TOKENS, ROUNDS = 20, 20, 3
+BATCHES = (32, 43, 64)
+PARTS = ("free", "forced", "grid", "hooks", "compile", "bf16", "patches")
+
+
+def pipeline() -> tuple[str, Any]:
+    try:
+        return "emoji", ft.load_pipeline("emoji", device="cpu")
+    except (ft.FasttraceError, OSError):
+        pass
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 192), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=128,
+    )  # fmt: skip
+    parts = ft.zoo.random_pipeline("tiny-sd15").components | {"unet": unet.eval().requires_grad_(False)}
+    return "11.2M random", StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+class Bench:
+    """The pipeline, its texts and its bare UNet."""
+
+    def __init__(self) -> None:
+        self.name, self.pipe = pipeline()
+        config = self.pipe.unet.config
+        self.texts = torch.randn(3, TOKENS, config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+        self.sites = [site.name for site in ft.discover_sites(self.pipe) if site.part == "unet"]
+        self.unet = copy.deepcopy(self.pipe.unet).to(memory_format=torch.channels_last)
+
+    def request(self, patches: Iterable[Any], protocol: str = "free", **options: Any) -> UNetRequest:
+        clean, corrupted, negative = self.texts
+        return unet_request(
+            self.pipe, clean, corrupted, patches, None, 0, STEPS, 7.5, negative, None, None, None, None, "corrupted",
+            protocol, 0.0, options.pop("max_batch", None), **options,
+        )  # fmt: skip
+
+    def bare(self, rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        """One call of the user's UNet on ``rows`` rows."""
+        config, unet = self.pipe.unet.config, self.unet.to(dtype)
+        sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size).to(dtype)
+        sample = sample.contiguous(memory_format=torch.channels_last)
+        text = self.texts[0].to(dtype).expand(rows, -1, -1)
+        return lambda: unet(sample, 10, text, return_dict=False)[0]
+
+    def against_bare(self, part: str, request: UNetRequest, goal: str) -> dict[str, Any]:
+        """Time one trace and the bare UNet in turn, as a share of what the plan's forwards cost bare."""
+        plan = plan_summary([request])
+        contenders: dict[str, Callable[[], object]] = {f"bare {rows}": self.bare(rows) for rows in BATCHES}
+        times = interleaved(contenders | {"trace": lambda: run_request(request)}, ROUNDS)
+        sample = {rows: times[f"bare {rows}"].median / rows for rows in BATCHES}
+        best = min(sample, key=sample.__getitem__)
+        shares = sorted(
+            plan.forwards * bare / best / trace
+            for bare, trace in zip(times[f"bare {best}"].seconds, times["trace"].seconds, strict=True)
+        )
+        return {
+            "part": part,
+            "model": self.name,
+            "goal": goal,
+            "of_bare": round(shares[len(shares) // 2], 3),
+            "of_bare_low": round(shares[0], 3),
+            "of_bare_high": round(shares[-1], 3),
+            "median_s": round(times["trace"].median, 3),
+            "bare_ms_row": round(1e3 * sample[best], 2),
+            "bare_batch": best,
+            **_counts(plan),
+        }
+
+
+def _counts(plan: UNetPlanSummary) -> dict[str, Any]:
+    return {
+        "forwards": round(plan.forwards),
+        "rows": plan.rows,
+        "naive_once": plan.naive_shared,
+        "naive_three": plan.naive_three,
+    }
+
+
+def free(bench: Bench) -> dict[str, Any]:
+    return bench.against_bare("free", bench.request(ft.Patch(site) for site in bench.sites), ">= 0.95")
+
+
+def forced(bench: Bench) -> dict[str, Any]:
+    request = bench.request((ft.Patch(site) for site in bench.sites), "teacher_forced")
+    return bench.against_bare("teacher_forced", request, ">= 0.85")
+
+
+def grid(bench: Bench) -> dict[str, Any]:
+    """Every other site at every second step: each run forks at its own."""
+    runs = [ft.Patch(site, steps=[step]) for site in bench.sites[::8] for step in range(0, STEPS, 2)]
+    return bench.against_bare("grid of (site, step)", bench.request(runs), "half of the steps")
+
+
+def patches(bench: Bench) -> dict[str, Any]:
+    """A batch of patched runs and one of as many that differ by their texts alone, by the row."""
+    names = [f"text {number}" for number in range(len(bench.sites))]
+    texts = torch.randn(len(names), *bench.texts.shape[1:], generator=torch.Generator().manual_seed(2))
+    clean, corrupted, negative = bench.texts
+    sources = dict(zip(names, texts, strict=True))
+    unpatched = unet_request(
+        bench.pipe, clean, corrupted, [()] * len(names), None, 0, STEPS, 7.5, negative, None, None, None, sources,
+        names, "free", 0.0, None,
+    )  # fmt: skip
+    requests = {"patched": bench.request(ft.Patch(site) for site in bench.sites), "unpatched": unpatched}
+    times = interleaved({name: lambda one=one: run_request(one) for name, one in requests.items()}, ROUNDS)
+    row = {name: times[name].median / plan_summary([one]).forwards for name, one in requests.items()}
+    return {"part": "patched over unpatched batch", "model": bench.name, "goal": "<= 1.03",
+            "ratio": round(row["patched"] / row["unpatched"], 3)}  # fmt: skip
+
+
+def hooks(bench: Bench, sample: int = 2) -> dict[str, Any]:
+    """Plain hooks, one run at a time, timed on a few sites and scaled to all; clean and corrupted once, or anew."""
+    steps = [ft.Patch(site, steps=None) for site in bench.sites]
+    few = bench.request(steps[:sample])
+    none = bench.request([])
+    every = bench.request(steps)
+    times = interleaved(
+        {
+            "few": lambda: run_request(few, "oracle"),
+            "none": lambda: run_request(none, "oracle"),
+            "trace": lambda: run_request(every),
+        },
+        1,
+        0,
+    )
+    one = (times["few"].median - times["none"].median) / sample
+    pair, count = times["none"].median, len(steps)
+    return {"part": "free against hooks", "model": bench.name, "median_s": round(times["trace"].median, 3),
+            "over_hooks_once": round((pair + count * one) / times["trace"].median, 2),
+            "over_three_runs": round(count * (pair + one) / times["trace"].median, 2)}  # fmt: skip
+
+
+def compiled(bench: Bench) -> dict[str, Any]:
+    request = bench.request((ft.Patch(site) for site in bench.sites), compile=True)
+    return bench.against_bare("free, compiled", request, ">= 1.5")
+
+
+def bfloat16(bench: Bench) -> dict[str, Any]:
+    request = bench.request((ft.Patch(site) for site in bench.sites), compile=True, dtype=torch.bfloat16)
+    return bench.against_bare("free, compiled, bfloat16", request, ">= 2.5")
+
+
+RUN = dict(zip(PARTS, (free, forced, grid, hooks, compiled, bfloat16, patches), strict=True))
+
+
+@torch.no_grad()
+def main(parts: list[str]) -> None:
+    unknown = [part for part in parts if part not in RUN]
+    if unknown:
+        raise SystemExit(f"unknown part {unknown[0]!r}: expected some of {', '.join(PARTS)}")
+    bench = Bench()
+    for part in parts or PARTS:
+        row = RUN[part](bench)
+        print(row, flush=True)
+        record.append("unet", [row])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
