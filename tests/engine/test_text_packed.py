@@ -231,3 +231,15 @@ def test_a_chosen_dtype_leaves_the_encoder_alone() -> None:
     assert result.restored.dtype == torch.float64
     assert model.encoder.layers[0].mlp.fc1.weight.dtype == torch.float32
     assert_equal(result, trace(model, cells, "oracle", dtype=torch.float64))
+
+
+def test_lora_adapters_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(linear, "WORTHWHILE_ROWS", 1)
+    plain = text_model("clip", torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "out_proj", "fc1"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, copy.deepcopy(plain)).eval()
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in (3, 6)]
+    adapted = trace(model, cells, "fast")
+    assert_equal(adapted, trace(model, cells, "oracle"), tolerance=1e-5)
+    assert float((adapted.clean - trace(plain, cells, "fast").clean).abs().max()) > 0.01
