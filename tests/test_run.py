@@ -394,3 +394,18 @@ def test_screening_keeps_the_pairs_that_pass_and_the_noise_of_the_whole(exact: A
         screen(made)
     with pytest.raises(StudyError, match="screening left no pair: 0 of 4"):
         screen(made, min_clean=1.0, progress=False)
+
+
+def test_predicted_pictures_and_target_texts_are_scored_alike_by_both_engines(exact: Any) -> None:
+    forced = study(exact, sites="unet.mid*", protocol="teacher_forced", metrics=["noise_l2", "noise_cosine", "x0_l2"])
+    rows = table(forced)
+    assert_same(rows, table(forced, "oracle"))
+    assert (rows[rows["metric"] != "noise_cosine"]["clean"] == 0).all()
+    assert (rows["total_effect"] > 0).all()
+
+    def words(images: Tensor, prompts: list[str]) -> list[float]:
+        return [float(prompt == APPLE.target) for prompt in prompts]
+
+    for scored, expected in (("prompt", 0.0), ("target", 1.0)):
+        made = study(exact, prompts=[APPLE], sites="unet.mid*attn2", metrics=[words], scored_text=scored)
+        assert set(table(made)["restored"]) == {expected}
