@@ -22,7 +22,7 @@ def text_sites(name: str = "tiny-sd15") -> list[Site]:
     return [site for site in discover_sites(random_pipeline(name, device="meta")) if site.part != "unet"]
 
 
-def row(prompt: int, seed: int, site: Site, effect: float, **changes: Any) -> dict[str, Any]:
+def row(prompt: int, seed: int, site: Site, effect: float, /, **changes: Any) -> dict[str, Any]:
     """One row: corrupted 20, clean 30, restored 20 + effect."""
     values = {
         "prompt_id": f"p{prompt:02d}", "prompt": "a red apple in noto style", "attribute": "object", "subject": "apple",
