@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,22 +48,31 @@ def test_float32_within_ten_times_the_rounding_of_a_batch(data: st.DataObject) -
     assert difference(oracle, fast) <= 10 * max(_batch_rounding(pipe), torch.finfo(torch.float32).eps)
 
 
+@cache
 def _batch_rounding(pipe: Any) -> float:
-    """How far the user's own UNet is from itself between batch 1 and batch 8, over a whole trajectory."""
-    clean = conditions(pipe)["clean_embeds"]
-    negative = conditions(pipe)["negative_embeds"]
-    finals = []
-    for rows in (1, 8):
-        result = pipe(
-            prompt_embeds=clean.expand(rows, -1, -1),
-            negative_prompt_embeds=negative.expand(rows, -1, -1),
-            latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(rows, -1, -1, -1),
-            num_inference_steps=STEPS,
-            guidance_scale=3.0,
-            output_type="latent",
-        )
-        finals.append(result.images[0])
-    return float((finals[0] - finals[1]).abs().max() / finals[0].abs().max())
+    """How far the user's own UNet is from itself between batch 1 and larger batches, over whole trajectories.
+
+    One trajectory tells little of how far rounding can go: the largest difference over some texts, latents and batch
+    sizes is taken, as the fast engine is judged by the largest over many runs.
+    """
+    given = conditions(pipe)
+    largest = 0.0
+    for text, seed in product(("clean_embeds", "corrupted_embeds"), range(4)):
+        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        finals = [
+            pipe(
+                prompt_embeds=given[text].expand(rows, -1, -1),
+                negative_prompt_embeds=given["negative_embeds"].expand(rows, -1, -1),
+                latents=start.expand(rows, -1, -1, -1),
+                num_inference_steps=STEPS,
+                guidance_scale=3.0,
+                output_type="latent",
+            ).images
+            for rows in (1, 3, 8, 32)
+        ]
+        scale = finals[0].abs().max()
+        largest = max(largest, *(float((other - finals[0]).abs().max() / scale) for other in finals[1:]))
+    return largest
 
 
 @FEW
