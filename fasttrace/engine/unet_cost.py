@@ -74,8 +74,8 @@ class _Counter:
                 self.alive(pixels * 6 * width)
                 self.site(f"{inner}.{name}")
             self.weights(block.ff, pixels)
-            # Two residuals, the normalised input, both halves of the gate and their product.
-            self.alive(pixels * (3 * width + 3 * block.ff.net[2].weight.shape[1]))
+            # Two residuals, the input and its normalised copy; value and gate, the gate's activation, their product.
+            self.alive(pixels * (4 * width + 4 * block.ff.net[2].weight.shape[1]))
             self.site(f"{inner}.ff")
             self.site(inner)
         self.weights(module.proj_out, pixels)

@@ -1,0 +1,79 @@
+"""The model of memory against what a call's tensors take, and the batch size that follows from it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fasttrace as ft
+from fasttrace.engine import memory
+from fasttrace.engine.memory import BatchSize, row_bytes
+from fasttrace.engine.unet_cost import unet_cost
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it take at once, weights left out."""
+
+    def __init__(self, weights: nn.Module) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._left_out = {one.untyped_storage()._cdata for one in weights.parameters()}
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(one, torch.Tensor):
+                self._add(one)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._left_out:
+            return
+        if key not in self._users:
+            self.now += size
+            self.most = max(self.most, self.now)
+        self._users[key] = self._users.get(key, 0) + 1
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.now -= size
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_model_of_memory_is_near_what_a_call_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where the true shapes cost nothing: within a half, and not far too low."""
+    # Real devices compute attention without its matrix of scores; the meta device would allocate it.
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    pipe = ft.zoo.random_pipeline(name, device="meta")
+    config, rows, size = pipe.unet.config, 4, (32, 32)
+    with torch.device("meta"):
+        sample, text = torch.empty(rows, 4, *size), torch.empty(rows, 77, config.cross_attention_dim)
+        added = None
+        if config.addition_embed_type:
+            added = {"text_embeds": torch.empty(rows, 1280), "time_ids": torch.empty(rows, 6)}
+        live = LiveBytes(pipe.unet)
+        with torch.no_grad(), live:
+            pipe.unet(sample, torch.empty(rows), text, added_cond_kwargs=added, return_dict=False)
+    expected = rows * row_bytes(unet_cost(pipe.unet, size, 77), torch.float32)
+    assert 0.75 < expected / live.most < 1.5
+
+
+def test_a_call_fits_in_the_free_memory(monkeypatch: pytest.MonkeyPatch, tiny_sd15: Any) -> None:
+    cost = unet_cost(tiny_sd15.unet, (8, 8), 5)
+    one = row_bytes(cost, torch.float32)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 20 * one)
+    size = BatchSize(ft.zoo.random_pipeline("tiny-sd15").unet, cost, (8, 8), torch.float32, None)
+    assert 10 <= size.rows <= 20
+    assert BatchSize(tiny_sd15.unet, cost, (8, 8), torch.float32, 31).rows == 31
