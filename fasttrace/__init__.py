@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .edit import Edit, fit_edit, load_edit
     from .effects import Effects
     from .engine.run import run
-    from .engine.text import TextTrace, trace_text
+    from .engine.text import TextTrace, trace_logits, trace_text
     from .engine.unet import UNetTrace, trace_unet
     from .errors import FasttraceError
     from .patch import ZERO, Add, Noise, Patch
@@ -35,6 +35,7 @@ _HOME = {
     "run": "engine.run",
     "TextTrace": "engine.text",
     "trace_text": "engine.text",
+    "trace_logits": "engine.text",
     "UNetTrace": "engine.unet",
     "trace_unet": "engine.unet",
     "FasttraceError": "errors",
@@ -73,6 +74,7 @@ __all__ = [
     "philox_normal",
     "run",
     "select_sites",
+    "trace_logits",
     "trace_text",
     "trace_unet",
     "zoo",
