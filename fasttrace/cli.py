@@ -51,6 +51,9 @@ class _Group(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notices; errors still come through
             os.environ.setdefault(f"{library}_VERBOSITY", "error")
+        # Threads that spin while they wait starve each other where the cores are shared: 24 x slower for one UNet call
+        # of 64 rows on two busy cores. Read when torch is imported, and the user's own setting wins.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().invoke(ctx)
         except (FasttraceError, OSError) as error:

@@ -145,9 +145,13 @@ def _graph(unet: Any) -> Graph:
 
 @contextlib.contextmanager
 def cache_folder() -> Iterator[None]:
-    """Compiled code is kept between processes: in the user's cache folder, unless torch was told another place."""
+    """Compiled code is kept between processes: in the user's cache folder, unless the user has named another."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
+    before = os.environ.get(name)
+    # Torch puts its own default there, a folder for temporary files, when its compiler is first imported.
+    if before not in (None, default_cache_dir()):
         yield
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -155,4 +159,7 @@ def cache_folder() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

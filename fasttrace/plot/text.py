@@ -103,7 +103,7 @@ def _draw_panel(
 def _mark(axis: Any, x: float, y: float, text: str) -> None:
     from matplotlib.patches import Rectangle
 
-    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=style.INK, linewidth=1.6))
+    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=style.INK, linewidth=1.6, clip_on=False))
     axis.annotate(
         text, (x + 0.5, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=style.INK,
         bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},

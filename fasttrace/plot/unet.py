@@ -37,6 +37,7 @@ def draw_sites(fig: Any, effects: Effects) -> None:
         axis.annotate(
             unet_place(top["site"]), (top["x"], np.nanmax([top["aie"], top["high"], 0])), xytext=(0, 4),
             textcoords="offset points", ha="center", fontsize=7.5, color=style.INK, zorder=5,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
         axis.set_ylabel(KIND_NAMES.get(kind, kind), fontsize=9.5, color=style.COLORS[kind], fontweight="bold")
         style.plain(axis, grid="y")
