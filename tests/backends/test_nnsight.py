@@ -51,26 +51,50 @@ def test_a_sweep_over_envoys_is_the_study_over_their_sites(diffusion: Any) -> No
     assert effects.to_pandas()["restored"].tolist() == pytest.approx(expected["restored"].tolist())
 
 
-def test_envoys_of_a_language_model_restore_what_an_nnsight_trace_restores() -> None:
-    language = language_model("gpt2", torch.float32)
-    model = nnsight.NNsight(language)
-    envoys = [model.transformer.h[1], model.transformer.h[0].mlp, model.transformer.h[2].attn]
-    other = IDS.flip(0)
-    noise = torch.zeros(len(IDS), 32)
-    runs = backend.patches(model, envoys, positions=[3], source="other")
-    trace = ft.trace_text(language, IDS, runs, noise, base="clean", sources={"other": other})
-    for envoy, restored in zip(envoys, trace.restored, strict=True):
+def check_restored(owner: Any, envoys: dict[str, Any], final: Any, base: torch.Tensor, other: torch.Tensor) -> None:
+    """Copy token 3 from another prompt at each Envoy, as patches and as nnsight traces, and compare final states."""
+    model, engine = owner
+    width = engine.get_input_embeddings().weight.shape[1]
+    runs = backend.patches(model, envoys.values(), positions=[3], source="other")
+    noise = torch.zeros(len(base), width)
+    trace = ft.trace_text(engine, base, runs, noise, base="clean", sources={"other": other})
+    for (name, envoy), restored in zip(envoys.items(), trace.restored, strict=True):
         with model.trace(other[None]):
             value = envoy.output.save()
         value = (value[0] if isinstance(value, tuple) else value)[0, 3]
-        with model.trace(IDS[None]):
+        with model.trace(base[None]):
             output = envoy.output
             if isinstance(output, tuple):
                 output[0][0, 3] = value
             else:
                 output[0, 3] = value
-            expected = model.transformer.ln_f.output.save()
-        torch.testing.assert_close(restored, expected[0], rtol=1e-5, atol=1e-5)
+            expected = final.output.save()
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(restored, expected[0], rtol=1e-5, atol=1e-5 * scale, msg=name)
+        assert (restored - trace.clean).abs().max() > 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_envoys_of_a_language_model_restore_what_an_nnsight_trace_restores(family: str) -> None:
+    language = language_model(family, torch.float32)
+    model = nnsight.NNsight(language)
+    layers = model.transformer.h if family == "gpt2" else model.model.layers
+    attention = layers[2].attn if family == "gpt2" else layers[2].self_attn
+    final = model.transformer.ln_f if family == "gpt2" else model.model.norm
+    envoys = {"layer 1": layers[1], "MLP 0": layers[0].mlp, "attention 2": attention}
+    check_restored((model, language), envoys, final, IDS, IDS.flip(0))
+
+
+def test_envoys_of_the_packaged_text_encoder_restore_what_an_nnsight_trace_restores() -> None:
+    pipe = ft.load_pipeline("emoji")
+    model = nnsight.NNsight(pipe.text_encoder)
+    base, other = (
+        torch.tensor(pipe.tokenizer(text, padding="max_length").input_ids)
+        for text in ("a red penguin in noto style", "a green tractor in noto style")
+    )
+    layers = model.encoder.layers
+    envoys = {"layer 2": layers[2], "MLP 0": layers[0].mlp, "attention 1": layers[1].self_attn}
+    check_restored((model, pipe.text_encoder), envoys, model.final_layer_norm, base, other)
 
 
 def test_the_cost_of_a_trace_counts_calls_rows_and_flops() -> None:
