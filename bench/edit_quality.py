@@ -1,6 +1,6 @@
 """How well edits work on the packaged model, as found: every method, and Diff-QuickFix at every text site.
 
-    python -m bench.edit_quality [--cases 4] [--seeds 2]
+    python -m bench.edit_quality [--cases 4] [--seeds 2] [--only METHOD ...]
 
 Each edit is judged on the same prompts and seeds (`fasttrace.edit.cases.emoji_cases`). ``gone`` is the share of
 pictures of target prompts and paraphrases from which the judge finds the old value gone, ``became`` that finds the
@@ -72,13 +72,15 @@ def share(values: Any) -> tuple[float, str]:
     return round(right / total, 3), f"{low:.2f} to {high:.2f}"
 
 
-def rows_of(pipe: Any, old: str, new: str, number: int, seeds: int) -> Iterator[dict[str, Any]]:
+def rows_of(pipe: Any, old: str, new: str, number: int, seeds: int, only: list[str]) -> Iterator[dict[str, Any]]:
     """One row an edit of one concept."""
     attribute = emoji_attribute(old, new)
     reader = AttributeReader(emoji.load_judge().read, attribute, old, new)
     cases, effects = emoji_cases(old, new, number), traced_effects(pipe, old)
     before = None
     for method, edit in candidates(pipe, old, new):
+        if only and method not in only:
+            continue
         found = judge(pipe, edit, cases, reader, seeds=range(seeds), before=before, guidance_scale=GUIDANCE)
         before = found.before
         target = found.table[found.table["about"].isin(("target", "paraphrase"))]
@@ -100,10 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=4, help="scenes of each kind")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], help='names of the "method" column')
     options = parser.parse_args()
     pipe = ft.load_pipeline("emoji")
     for old, new in CONCEPTS:
-        for row in rows_of(pipe, old, new, options.cases, options.seeds):
+        for row in rows_of(pipe, old, new, options.cases, options.seeds, options.only):
             print({name: value for name, value in row.items() if "interval" not in name}, flush=True)
             record.append("edit_quality", [row])
 
