@@ -46,6 +46,11 @@ def candidates(pipe: Any, old: str, new: str) -> Iterator[tuple[str, Edit]]:
     yield "memit", fit_edit(pipe, concept, SENTENCES, method="memit")
     for method in ("time", "uce", "locoedit", "rece"):
         yield method, fit_edit(pipe, concept, SENTENCES, method=method, preserve=others)
+    vocabulary = [value for values in ATTRIBUTES.values() for value in values if value != old]
+    for ridge in (0.01, 0.1, 1.0):
+        edit = fit_edit(pipe, concept, SENTENCES, preserve=vocabulary, ridge=ridge)
+        yield f"quickfix, all words preserved, ridge {ridge:g}", edit
+    yield "uce, all words preserved", fit_edit(pipe, concept, SENTENCES, method="uce", preserve=vocabulary)
 
 
 def traced_effects(pipe: Any, old: str) -> dict[str, float]:
