@@ -12,10 +12,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-SUITES = ("text", "unet", "edit", "backends", "planner", "scaling")
+SUITES = ("text", "unet", "edit", "backends", "planner")
 QUICK: dict[str, list[str]] = {
-    "text": ["quick"],
-    "unet": ["quick"],
+    "text": ["float32"],
+    "unet": ["free", "hooks", "patches"],
     "edit": ["error", "quickfix"],
     "backends": ["nnsight", "pyvene"],
     "planner": [],

@@ -15,7 +15,7 @@ from .record import RESULTS
 TARGET = RESULTS.parent / "RESULTS.md"
 CASE = (
     *("what", "case", "rival", "method", "site", "attribute", "protocol", "dtype", "kernel", "config", "arch"),
-    *("patches", "batch", "steps", "prompts", "tokens", "width", "layer", "edit"),
+    *("patches", "batch", "steps", "prompts", "tokens", "width", "layer", "edit", "part", "model", "pictures"),
 )
 PROVENANCE = ("date", "commit", "machine", "threads", "versions")
 
@@ -25,7 +25,6 @@ TITLES = {
     "edit": ("Closed-form edits", "python -m bench.bench_edit"),
     "backends": ("Backends beside their libraries", "python -m bench.bench_backends"),
     "planner": ("The planner", "python -m bench.bench_planner"),
-    "scaling": ("Scaling", "python -m bench.bench_scaling"),
     "edit_quality": ("What edits do to pictures", "python -m bench.edit_quality"),
     "compile": ("Kernels, compiled and not measured", "make compile-report"),
 }
