@@ -6,6 +6,7 @@ a script that uses them runs in baukit's ``TraceDict`` as well; here `patches_of
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from ..patch import ZERO, Add, Patch, Source
 
 
 @dataclass(frozen=True)
-class TokenEdit:
+class TokenEdit(abc.ABC):
     """What all edits share: the tokens, of every row but the first, which is the clean run as in ROME.
 
     Attributes:
@@ -27,13 +28,13 @@ class TokenEdit:
 
     tokens: Sequence[int]
 
+    @abc.abstractmethod
     def source(self) -> Source:
         """The edit as the source of a patch."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def edited(self, hidden: Tensor) -> Tensor:
         """New values ``[B - 1, n, D]`` of the edited tokens, from the layer's output ``[B, T, D]``."""
-        raise NotImplementedError
 
     def __call__(self, output: Any, layer: str | None = None) -> Any:
         """baukit's ``edit_output``: edits in place, as ROME's own does."""
