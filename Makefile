@@ -17,11 +17,11 @@ $(VENV)/.core: pyproject.toml setup.py
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	@$(PY) -m pip install --quiet $(TORCH)
-	@$(PY) -m pip install --quiet --no-build-isolation --editable .
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@$(PY) -m pip install --quiet --no-build-isolation --editable ".[test,backends]"
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable ".[test,backends]"
 	@touch $@
 
 demo: $(VENV)/.core  ## trace the packaged model and look at what was found (minutes on a CPU)
