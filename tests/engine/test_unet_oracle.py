@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import product
 from typing import Any
 
 import pytest
@@ -52,26 +51,25 @@ def test_float32_within_ten_times_the_rounding_of_a_batch(data: st.DataObject) -
 def _batch_rounding(pipe: Any) -> float:
     """How far the user's own UNet is from itself between batch 1 and larger batches, over whole trajectories.
 
-    One trajectory tells little of how far rounding can go: the largest difference over some texts, latents and batch
-    sizes is taken, as the fast engine is judged by the largest over many runs.
+    Trajectories differ in how far they carry a rounding error, so those are taken that the traces of this file run:
+    their latents, and each of the texts that a run may be denoised with.
     """
     given = conditions(pipe)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     largest = 0.0
-    for text, seed in product(("clean_embeds", "corrupted_embeds"), range(4)):
-        start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-        finals = [
+    for text in (given["clean_embeds"], given["corrupted_embeds"], given["sources"]["other"]):
+        single, *batched = (
             pipe(
-                prompt_embeds=given[text].expand(rows, -1, -1),
+                prompt_embeds=text.expand(rows, -1, -1),
                 negative_prompt_embeds=given["negative_embeds"].expand(rows, -1, -1),
                 latents=start.expand(rows, -1, -1, -1),
                 num_inference_steps=STEPS,
                 guidance_scale=3.0,
                 output_type="latent",
             ).images
-            for rows in (1, 3, 8, 32)
-        ]
-        scale = finals[0].abs().max()
-        largest = max(largest, *(float((other - finals[0]).abs().max() / scale) for other in finals[1:]))
+            for rows in (1, 2, 8)
+        )
+        largest = max(largest, *(float((other - single).abs().max() / single.abs().max()) for other in batched))
     return largest
 
 
