@@ -1,19 +1,17 @@
 """Every (layer, kind, token) of CLIP ViT-L/14's text encoder, restored in one packed pass, beside plain hooks.
 
-python -m bench.bench_text               (parts: float32 bfloat16; both by default)
+    python -m bench.bench_text      (parts: float32 bfloat16, both by default; float16 on a GPU)
 
 Random weights of the true shape, 77 tokens, noise on tokens 5 and 6: 1,848 runs. The floor is the plan's own count of
-operations at the machine's GEMM rate, which is taken just before and just after on the model's own products. Hooks, one
-forward a patch or 64 patches a forward, are timed on a random sample and scaled; their results are compared with the
-packed ones.
+operations at the machine's GEMM rate, which is taken just before and just after on the model's own products, by the
+quicker library at its best. Hooks, one forward a patch or 64 patches a forward, are timed on a random sample and
+scaled; their results are compared with the packed ones first. Times are medians of interleaved rounds.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +24,11 @@ from fasttrace.engine.linear import linear_calls
 from fasttrace.engine.text import text_request
 
 from . import record
+from .timing import interleaved
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, INNER, LAYERS, LENGTH, BATCH = 768, 3072, 12, 77, 64
-SAMPLE, BATCHES = 24, 2
+SAMPLE, BATCHES, ROUNDS = 24, 2, 3
 
 
 def encoder_of(dtype: torch.dtype) -> Any:
@@ -36,26 +36,22 @@ def encoder_of(dtype: torch.dtype) -> Any:
     config = CLIPTextConfig(
         hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=12
     )
-    return CLIPTextModel(config).eval().requires_grad_(False).to(dtype)
+    return CLIPTextModel(config).eval().requires_grad_(False).to(DEVICE, dtype)
 
 
-def gemm_rates(dtype: torch.dtype, rows: int = 4096, rounds: int = 3) -> float:
+def gemm_rates(dtype: torch.dtype, rows: int = 4096) -> float:
     """FLOP/s over one layer's six products on many rows, each by the quicker library at its best of some rounds."""
     seconds = 0.0
     for inputs, outputs in [(WIDTH, WIDTH)] * 4 + [(WIDTH, INNER), (INNER, WIDTH)]:
-        x, module = torch.randn(rows, inputs).to(dtype), torch.nn.Linear(inputs, outputs).to(dtype)
+        x = torch.randn(rows, inputs).to(DEVICE, dtype)
+        module = torch.nn.Linear(inputs, outputs).to(DEVICE, dtype)
         for_long_passes = linear_calls(x, rows)
-        for_long_passes(module, x)
-        own = min(timed(lambda x=x, module=module: module(x)) for _ in range(rounds))
-        reordered = min(timed(lambda x=x, m=module, call=for_long_passes: call(m, x)) for _ in range(rounds))
-        seconds += min(own, reordered)
+        contenders = {
+            "own": lambda x=x, module=module: module(x),
+            "reordered": lambda x=x, module=module, call=for_long_passes: call(module, x),
+        }
+        seconds += min(min(timing.seconds) for timing in interleaved(contenders, ROUNDS).values())
     return 2.0 * rows * (4 * WIDTH**2 + 2 * WIDTH * INNER) / seconds
-
-
-def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def hooked(encoder: Any, ids: Tensor, noise: Tensor, clean: dict[str, Tensor], patches: list[ft.Patch]) -> Tensor:
@@ -98,31 +94,42 @@ def measure(dtype: torch.dtype, packed_fp32: float | None) -> tuple[dict[str, An
     """One row of results, and the packed pass's seconds."""
     encoder = encoder_of(dtype)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 49000, (LENGTH,), generator=generator)
-    noise = torch.zeros(LENGTH, WIDTH, dtype=dtype)
-    noise[5:7] = 0.1 * torch.randn(2, WIDTH, generator=generator).to(dtype)
+    ids = torch.randint(0, 49000, (LENGTH,), generator=generator).to(DEVICE)
+    noise = torch.zeros(LENGTH, WIDTH, dtype=dtype, device=DEVICE)
+    noise[5:7] = 0.1 * torch.randn(2, WIDTH, generator=generator).to(noise)
     sites = [site for site in ft.discover_sites(encoder) if site.kind != "hidden"]
     patches = [ft.Patch(site, [token]) for site in sites for token in range(LENGTH)]
 
-    packed_text.forget_plans()
-    compile_s = timed(lambda: packed_text.plan_of(text_request(encoder, ids, patches, noise)))
-    plan = packed_text.plan_of(text_request(encoder, ids, patches, noise))
+    def compiled() -> Any:
+        packed_text.forget_plans()
+        return packed_text.plan_of(text_request(encoder, ids, patches, noise))
+
+    compile_s = interleaved({"plan": compiled}, ROUNDS)["plan"].median
+    plan = compiled()
     needed = plan.flops(WIDTH, INNER)
     clean, chosen = clean_values(encoder, ids), random.Random(0)
     sample = chosen.sample(range(len(patches)), SAMPLE)
     batch = [chosen.sample(range(len(patches)), BATCH) for _ in range(BATCHES)]
 
+    def packed() -> Tensor:
+        return ft.trace_text(encoder, ids, patches, noise).restored
+
+    def one_by_one() -> list[Tensor]:
+        return [hooked(encoder, ids, noise, clean, [patches[i]])[0] for i in sample]
+
+    def batched() -> list[Tensor]:
+        return [hooked(encoder, ids, noise, clean, [patches[i] for i in rows]) for rows in batch]
+
+    restored = packed()
+    errors = [float((restored[i] - one).norm() / one.norm()) for i, one in zip(sample, one_by_one(), strict=True)]
+    del restored
     before = gemm_rates(dtype)
-    trace: list[ft.TextTrace] = []
-    packed_s = timed(lambda: trace.append(ft.trace_text(encoder, ids, patches, noise)))
+    times = interleaved({"packed": packed, "hooks": one_by_one, "batched": batched}, ROUNDS, warmup=0)
     after = gemm_rates(dtype)
-    results: list[Tensor] = []
-    single_s = timed(lambda: results.extend(hooked(encoder, ids, noise, clean, [patches[i]])[0] for i in sample))
-    batched_s = timed(lambda: [hooked(encoder, ids, noise, clean, [patches[i] for i in rows]) for rows in batch])
-    single_s, batched_s = single_s * len(patches) / SAMPLE, batched_s * len(patches) / (BATCH * BATCHES)
-    errors = [
-        float((trace[0].restored[i] - result).norm() / result.norm()) for i, result in zip(sample, results, strict=True)
-    ]
+    packed_s = times["packed"].median
+    single, in_batches = len(patches) / SAMPLE, len(patches) / (BATCH * BATCHES)
+    over_single = [single * ratio for ratio in times["packed"].ratio_to(times["hooks"])]
+    over_batched = [in_batches * ratio for ratio in times["packed"].ratio_to(times["batched"])]
     rate = needed / packed_s
     row = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -134,12 +141,16 @@ def measure(dtype: torch.dtype, packed_fp32: float | None) -> tuple[dict[str, An
         "gemm_gflops_after": round(after / 1e9, 1),
         "packed_gflops": round(rate / 1e9, 1),
         "percent_of_gemm": round(100 * rate / ((before + after) / 2), 1),
-        "hooks_s": round(single_s, 1),
+        "hooks_s": round(single * times["hooks"].median, 1),
         "hooks_sampled": SAMPLE,
-        "hooks_batch64_s": round(batched_s, 1),
+        "hooks_batch64_s": round(in_batches * times["batched"].median, 1),
         "batch64_sampled": BATCH * BATCHES,
-        "times_hooks": round(single_s / packed_s, 2),
-        "times_hooks_batch64": round(batched_s / packed_s, 2),
+        "times_hooks": round(over_single[1], 2),
+        "times_hooks_low": round(over_single[0], 2),
+        "times_hooks_high": round(over_single[2], 2),
+        "times_hooks_batch64": round(over_batched[1], 2),
+        "times_hooks_batch64_low": round(over_batched[0], 2),
+        "times_hooks_batch64_high": round(over_batched[2], 2),
         "times_own_fp32": "" if packed_fp32 is None else round(packed_fp32 / packed_s, 2),
         "compile_s": round(compile_s, 2),
         "compile_percent": round(100 * compile_s / packed_s, 2),
@@ -150,7 +161,7 @@ def measure(dtype: torch.dtype, packed_fp32: float | None) -> tuple[dict[str, An
 
 def main(names: list[str]) -> None:
     fp32: float | None = None
-    for name in names or ["float32", "bfloat16"]:
+    for name in names or (["float32", "bfloat16"] if DEVICE.type == "cpu" else ["float16"]):
         row, seconds = measure(getattr(torch, name), fp32)
         fp32 = seconds if name == "float32" else fp32
         record.append("text", [row])
