@@ -82,7 +82,6 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU if there is one.", show_default=False)]
 
 
 @app.command()
