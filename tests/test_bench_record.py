@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import record
 from bench.timing import Timing, interleaved
+from fasttrace.profile.peak import peak_of
 
 
 def test_rows_are_appended_and_new_columns_reach_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +35,28 @@ def test_ratios_are_taken_round_by_round() -> None:
     fast, slow = Timing((1.0, 2.0, 4.0)), Timing((3.0, 4.0, 4.0))
     assert fast.ratio_to(slow) == (1.0, 2.0, 3.0)
     assert slow.median == 4.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system keeps no high-water mark")
+def test_a_peak_is_what_a_call_held_at_most() -> None:
+    mib = 2**20
+
+    def takes(size: int) -> Callable[[], None]:
+        def run() -> None:
+            kept = torch.ones(size * mib // 4)
+            del kept
+            torch.ones(10 * mib // 4)
+
+        return run
+
+    takes(200)()  # an earlier, higher mark does not count
+    peaks = {size: peak_of(takes(size))[1] for size in (50, 100)}
+    assert all(peak is not None and abs(peak - size * mib) < 5 * mib for size, peak in peaks.items()), peaks
+    held = torch.ones(100 * mib // 4)
+    result, peak = peak_of(lambda: held.sum())
+    assert float(result) == held.numel()
+    assert peak is not None
+    assert peak < 5 * mib
+    timing = interleaved({"a": takes(50)}, rounds=1, warmup=1)["a"]
+    assert timing.peak_mib == pytest.approx(50, abs=5)
+    assert Timing((1.0,)).peak_mib == ""
