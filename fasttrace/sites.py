@@ -12,19 +12,19 @@ from torch import nn
 
 from .errors import ModelError, SiteError
 
-KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden")
+KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden", "head")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = (*TEXT_PARTS, "unet")
 
-# A text layer's class, and the paths of its attention and MLP within it. Sites are found by class, never by raw path:
-# the path of CLIP's layers changed between versions of transformers.
+# A text layer's class, the paths of its attention and MLP within it, and the attention's output projection. Sites are
+# found by class, never by raw path: the path of CLIP's layers changed between versions of transformers.
 _TEXT_LAYERS = {
-    "CLIPEncoderLayer": ("self_attn", "mlp"),
-    "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
-    "GPT2Block": ("attn", "mlp"),
-    "LlamaDecoderLayer": ("self_attn", "mlp"),
-    "Qwen2DecoderLayer": ("self_attn", "mlp"),
-    "Qwen3DecoderLayer": ("self_attn", "mlp"),
+    "CLIPEncoderLayer": ("self_attn", "mlp", "out_proj"),
+    "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense", "o"),
+    "GPT2Block": ("attn", "mlp", "c_proj"),
+    "LlamaDecoderLayer": ("self_attn", "mlp", "o_proj"),
+    "Qwen2DecoderLayer": ("self_attn", "mlp", "o_proj"),
+    "Qwen3DecoderLayer": ("self_attn", "mlp", "o_proj"),
 }
 _UNET_HIDDEN_CLASSES = ("BasicTransformerBlock", "Transformer2DModel")
 
@@ -36,9 +36,11 @@ class Site:
     Attributes:
         name: dotted path in the pipeline without ``text_model.``; the same in every version of transformers.
         part: ``"text_encoder"``, ``"text_encoder_2"``, ``"unet"``, or ``"model"`` for a language model by itself.
-        kind: ``"resnet"``, ``"self_attn"``, ``"cross_attn"``, ``"mlp"`` or ``"hidden"``.
+        kind: ``"resnet"``, ``"self_attn"``, ``"cross_attn"``, ``"mlp"``, ``"hidden"`` or ``"head"``.
         layer: text encoders: the layer's number; UNet: the position among the sites of its kind, in execution order.
         module: the module itself. The site's value is what a forward hook on it sees, first element if a tuple.
+        channels: of a head only, whose ``module`` is the attention's output projection: the head's share of that
+            module's *input* is the site's value.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Site:
     kind: str
     layer: int
     module: nn.Module = field(repr=False, compare=False)
+    channels: slice | None = field(default=None, repr=False, compare=False)
 
 
 def discover_sites(pipe: Any) -> list[Site]:
@@ -53,19 +56,14 @@ def discover_sites(pipe: Any) -> list[Site]:
 
     Text encoders give ``self_attn``, ``mlp`` and ``hidden`` for each layer; a UNet gives ``resnet``, ``self_attn``,
     ``cross_attn`` and ``mlp`` (70 for SD1.x and SD2.x, 227 for SDXL). Whole transformer blocks and attention blocks of
-    the UNet are not listed, but `find_site` takes them by name. A language model may stand in for the pipeline: its
-    sites are named by their paths in it (``model.layers.0.self_attn``, ``transformer.h.0.attn``).
+    the UNet and single heads of text encoders are not listed, but `find_site` takes them by name. A language model may
+    stand in for the pipeline: its sites are named by their paths in it (``model.layers.0.self_attn``,
+    ``transformer.h.0.attn``).
 
     Raises:
         ModelError: nothing in the pipeline is of a class that is known.
     """
-    parts = ("model",) if isinstance(pipe, nn.Module) else PARTS
-    sites = [
-        site
-        for part in parts
-        if isinstance(module := pipe if part == "model" else getattr(pipe, part, None), nn.Module)
-        for site in part_sites(module, part)
-    ]
+    sites = [site for part, module in _parts(pipe) for site in part_sites(module, part)]
     if not sites:
         raise ModelError(
             f"no sites in {type(pipe).__name__}: expected a CLIP text encoder or a UNet2DConditionModel among {PARTS}"
@@ -73,13 +71,39 @@ def discover_sites(pipe: Any) -> list[Site]:
     return sites
 
 
+def _parts(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    for part in ("model",) if isinstance(pipe, nn.Module) else PARTS:
+        module = pipe if part == "model" else getattr(pipe, part, None)
+        if isinstance(module, nn.Module):
+            yield part, module
+
+
 def part_sites(module: nn.Module, part: str) -> list[Site]:
     """The sites of one text encoder or UNet, in execution order."""
     return list(_unet_sites(module) if part == "unet" else _text_sites(module, part))
 
 
+def head_sites(encoder: nn.Module, part: str) -> list[Site]:
+    """Every head of a text encoder or language model: what it contributes to the attention's output projection.
+
+    Named after the attention (``text_encoder.encoder.layers.0.self_attn.heads.3``); values ``[T, d]``.
+    """
+    sites = []
+    for layer, name, block in _text_layers(encoder, part):
+        attention, _, projection = _TEXT_LAYERS[type(block).__name__]
+        module: Any = block.get_submodule(attention)
+        width = module.head_dim if hasattr(module, "head_dim") else module.key_value_proj_dim
+        config: Any = encoder.config
+        for head in range(config.num_attention_heads):
+            channels = slice(head * width, (head + 1) * width)
+            out = module.get_submodule(projection)
+            sites.append(Site(f"{name}.{attention}.heads.{head}", part, "head", layer, out, channels))
+    return sites
+
+
 def find_site(pipe: Any, name: str) -> Site:
-    """The site called ``name``; the UNet's whole transformer and attention blocks too, which have kind ``hidden``.
+    """The site called ``name``: any of `discover_sites`, a head (`head_sites`), or a whole transformer or attention
+    block of the UNet, which has kind ``hidden``.
 
     Raises:
         SiteError: no such site; the message has the nearest names.
@@ -88,10 +112,11 @@ def find_site(pipe: Any, name: str) -> Site:
     by_name = {site.name: site for site in sites}
     if name in by_name:
         return by_name[name]
-    blocks = {block.name: block for block in unet_blocks(pipe)}
-    if name in blocks:
-        return blocks[name]
-    raise SiteError(_unknown(name, [*by_name, *blocks]))
+    by_name |= {block.name: block for block in unet_blocks(pipe)}
+    by_name |= {head.name: head for part, module in _parts(pipe) if part != "unet" for head in head_sites(module, part)}
+    if name in by_name:
+        return by_name[name]
+    raise SiteError(_unknown(name, list(by_name)))
 
 
 def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[Site]:
@@ -130,17 +155,18 @@ def canonical_path(path: str) -> str:
     return path.removeprefix("text_model.")
 
 
+def _text_layers(encoder: nn.Module, part: str) -> Iterator[tuple[int, str, nn.Module]]:
+    """Number, name and module of each layer."""
+    layers = [(path, module) for path, module in encoder.named_modules() if type(module).__name__ in _TEXT_LAYERS]
+    for number, (path, module) in enumerate(layers):
+        yield number, path if part == "model" else f"{part}.{canonical_path(path)}", module
+
+
 def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
-    layer = 0
-    for path, module in encoder.named_modules():
-        children = _TEXT_LAYERS.get(type(module).__name__)
-        if children is None:
-            continue
-        name = path if part == "model" else f"{part}.{canonical_path(path)}"
-        for kind, child in zip(("self_attn", "mlp"), children, strict=True):
+    for layer, name, module in _text_layers(encoder, part):
+        for kind, child in zip(("self_attn", "mlp"), _TEXT_LAYERS[type(module).__name__], strict=False):
             yield Site(f"{name}.{child}", part, kind, layer, module.get_submodule(child))
         yield Site(name, part, "hidden", layer, module)
-        layer += 1
 
 
 def unet_order(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:

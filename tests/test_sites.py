@@ -90,6 +90,19 @@ def test_whole_blocks_are_found_by_name_only(tiny_sd15: Any) -> None:
     assert block not in ft.discover_sites(tiny_sd15)
 
 
+def test_heads_are_found_by_name_only(tiny_sd15: Any) -> None:
+    name = "text_encoder.encoder.layers.1.self_attn.heads.1"
+    head = ft.find_site(tiny_sd15, name)
+    assert (head.name, head.kind, head.layer) == (name, "head", 1)
+    encoder = tiny_sd15.text_encoder
+    assert head.module is encoder.get_submodule("encoder.layers.1.self_attn.out_proj")
+    width = encoder.config.hidden_size // encoder.config.num_attention_heads
+    assert head.channels == slice(width, 2 * width)
+    assert name not in {site.name for site in ft.discover_sites(tiny_sd15)}
+    with pytest.raises(SiteError, match="heads"):
+        ft.find_site(tiny_sd15, name.replace("heads.1", "heads.999"))
+
+
 def test_the_older_layout_of_clip_gives_the_same_names(tiny_sdxl: Any) -> None:
     """Encoders with a projection keep ``text_model.`` in their paths, as all of CLIP did before transformers 5.6."""
     encoder = tiny_sdxl.text_encoder_2

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..patch import Patch
 from ..pipeline import Condition
+from ..sites import Site
 from .decoder import decoder_of, text_body, word_embedding
 from .text_request import TextRequest, encoder_path
 from .trajectory import Trajectories
 from .unet import UNetRequest
-from .values import apply_patch, first, with_first
+from .values import apply_patch, first, value_hooks, with_first
 
 
 @contextlib.contextmanager
@@ -60,25 +61,26 @@ def _text_run(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One encoder call: its output, and the values of the sites in ``record``."""
     encoder, values = request.encoder, {}
-    pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
+    corrupt: list[tuple[nn.Module, Callable[..., Any]]] = []
     if noise is not None:
-        pairs.append((word_embedding(encoder), lambda module, args, output: output + noise))
+        corrupt.append((word_embedding(encoder), lambda module, args, output: output + noise))
+    pairs: list[tuple[Site, Callable[[Tensor], Tensor | None]]] = []
     for name in record:
 
-        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            values[name] = first(output)[0].clone()
+        def keep(value: Tensor, name: str = name) -> None:
+            values[name] = value[0].clone()
 
-        pairs.append((request.sites[encoder_path(name)].module, keep))
+        pairs.append((request.sites[encoder_path(name)], keep))
     for patch in patches:
         if patch.is_empty:
             continue
 
-        def overwrite(module: nn.Module, args: Any, output: Any, patch: Patch = patch) -> Any:
+        def overwrite(value: Tensor, patch: Patch = patch) -> Tensor:
             source = sources[patch.source].get(patch.site) if isinstance(patch.source, str) else None
-            return with_first(output, apply_patch(first(output)[0], patch, source)[None])
+            return apply_patch(value[0], patch, source)[None]
 
-        pairs.append((request.site_of(patch).module, overwrite))
-    with hooks(pairs), _layer_inputs(request) as inputs:
+        pairs.append((request.site_of(patch), overwrite))
+    with hooks(corrupt), value_hooks(pairs), _layer_inputs(request) as inputs:
         mask = None if request.attention_mask is None else request.attention_mask[None]
         # A language model's head is called for its answers alone.
         model = text_body(encoder) if request.output == "last" else encoder

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .decoder import Decoder, DecoderLayer, Heads, decoder_of, text_head
 from .linear import linear_calls, on_packed
+from .text_compile import compile_plan
 from .text_entries import FlatPatches, differs_from, flatten, given_rows, split_entries
-from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, Stage, TextPlan, TextShape, compile_plan
+from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, HeadPatches, LayerPlan, Stage, TextPlan, TextShape
 from .text_request import TextRequest
 
 # Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
@@ -26,12 +27,16 @@ _KEPT_PLANS = 4
 
 @dataclass(frozen=True)
 class Record:
-    """One unpatched run, by layer: hidden states before each layer and after the last, site values, and heads."""
+    """One unpatched run, by layer: hidden states before each layer and after the last, site values, and heads.
+
+    ``attended`` is each attention's result ``[T, H x d]`` before its output projection.
+    """
 
     hidden: list[Tensor]
     attn: list[Tensor]
     mlp: list[Tensor]
     heads: list[Heads]
+    attended: list[Tensor]
 
     def value(self, layer: int, stage: int) -> Tensor:
         """``[T, D]`` at a site."""
@@ -91,12 +96,13 @@ class PackedText:
     def _record(self, ids: Tensor, noise: Tensor | None) -> Record:
         """One prompt ``[T]``, unpatched, with the modules as they are."""
         hidden = self.decoder.embed(ids[: self.length], None if noise is None else noise[: self.length])
-        result, call = Record([hidden], [], [], []), on_packed
+        result, call = Record([hidden], [], [], [], []), on_packed
         positions = torch.arange(self.length, device=hidden.device)
         for layer in self.decoder.layers:
             heads = layer.project(linear_calls(hidden, 0), call(layer.norm_attn, hidden), positions)
             q, k, v = (x[None] for x in heads)
-            attn = call(layer.out, self._attend(layer, q, k, v)[0])
+            attended = self._attend(layer, q, k, v)[0]
+            attn = call(layer.out, attended)
             middle = hidden + attn
             mlp = call(layer.mlp.module, call(layer.norm_mlp, middle))
             hidden = middle + mlp
@@ -104,6 +110,7 @@ class PackedText:
             result.attn.append(attn)
             result.mlp.append(mlp)
             result.heads.append(heads)
+            result.attended.append(attended)
         return result
 
     def _output(self, hidden: Tensor) -> Tensor:
@@ -124,9 +131,7 @@ class PackedText:
         state = torch.empty_like(base.hidden[0][:1]).repeat(chunk.slots, 1)
         for number, plan in enumerate(chunk.layers):
             layer = self.decoder.layers[number]
-            attended = None
-            if plan.attention is not None:
-                attended = self._attention(layer, plan.attention, base.heads[number], state)
+            attended = self._attended(number, plan, base, records, state)
             for stage, work in enumerate(plan.stages):
                 state.index_copy_(0, work.join.slots, base.joining(number, stage)[work.join.tokens])
                 if stage == ATTN and attended is not None:
@@ -136,6 +141,34 @@ class PackedText:
                     self._mlp(layer, work.computed, state)
                 self._patch(work, number, stage, base, records, state)
         return state
+
+    def _attended(
+        self, number: int, plan: LayerPlan, base: Record, records: dict[str, Record], state: Tensor
+    ) -> Tensor | None:
+        """A layer's attention at the computed columns ``[C, H x d]``, its heads patched, before the projection."""
+        layer, result = self.decoder.layers[number], None
+        if plan.attention is not None:
+            result = self._attention(layer, plan.attention, base.heads[number], state)
+        return result if plan.heads is None else self._patch_heads(plan.heads, number, base, records, result)
+
+    def _patch_heads(
+        self, work: HeadPatches, number: int, base: Record, records: dict[str, Record], attended: Tensor | None
+    ) -> Tensor:
+        split = base.heads[number][0].shape[1:]
+        own = base.attended[number].view(-1, *split)
+        result = own.new_empty(work.count, *split)
+        if attended is not None:
+            result.index_copy_(0, work.attended, attended.view(-1, *split))
+        result.index_copy_(0, work.based.slots, own[work.based.tokens])
+        for patches, adding in ((work.sets, False), (work.adds, True)):
+            for source, where in patches:
+                patch = self.sources[source]
+                if isinstance(patch.source, str):
+                    value = records[patch.source].attended[number].view(-1, *split)[where.tokens, where.heads]
+                else:
+                    value = given_rows(patch, where.tokens, self.request.ids.shape[0], own)
+                result.index_put_((where.rows, where.heads), value, accumulate=adding)
+        return result.flatten(1)
 
     def _mlp(self, layer: DecoderLayer, slots: Tensor, state: Tensor) -> None:
         for rows in torch.split(slots, _MLP_ROWS.get(state.device.type, _MANY_ROWS)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..corruption import philox_normal
 from ..patch import ZERO, Add, Noise, Patch, Source
+from ..sites import Site
 from .text_plan import KIND_STAGE, Entries, Indices
 from .text_request import TextRequest, encoder_path
 from .values import given_value
@@ -17,14 +18,15 @@ from .values import given_value
 
 @dataclass(frozen=True)
 class FlatPatches:
-    """Every (run, stage, token) that a patch names, in the order in which patches apply.
+    """Every (run, stage, head, token) that a patch names, in the order in which patches apply.
 
-    ``source`` indexes ``sources``: the distinct sources of the request. ``adds`` marks those that add to what was
-    computed.
+    ``head`` is -1 for a whole site. ``source`` indexes ``sources``: the distinct sources of the request. ``adds`` marks
+    those that add to what was computed.
     """
 
     run: Indices
     stage: Indices
+    head: Indices
     token: Indices
     source: Indices
     sources: list[Patch]
@@ -33,17 +35,17 @@ class FlatPatches:
     @property
     def key(self) -> tuple[bytes, ...]:
         """Equal for patch lists that compile to the same plan."""
-        return tuple(a.tobytes() for a in (self.run, self.stage, self.token, self.source, self.adds))
+        return tuple(a.tobytes() for a in (self.run, self.stage, self.head, self.token, self.source, self.adds))
 
 
 def flatten(request: TextRequest) -> FlatPatches:
     """Patches as arrays; a position that one patch names twice counts once."""
     length = request.ids.shape[0]
-    stages = {path: 3 * site.layer + KIND_STAGE[site.kind] for path, site in request.sites.items()}
+    stages = {path: (3 * site.layer + KIND_STAGE[site.kind], _head(site)) for path, site in request.sites.items()}
     everywhere = tuple(range(length))
     numbers: dict[object, int] = {}
     sources: list[Patch] = []
-    head: list[tuple[int, int, int, int]] = []
+    table_rows: list[tuple[int, int, int, int, int]] = []
     tokens: list[int] = []
     for number, patches in enumerate(request.runs):
         for patch in patches:
@@ -55,12 +57,17 @@ def flatten(request: TextRequest) -> FlatPatches:
                 sources.append(patch)
             assert not isinstance(patch.positions, str)
             where = everywhere if patch.positions is None else tuple(dict.fromkeys(patch.positions))
-            head.append((number, stages[encoder_path(patch.site)], numbers[key], len(where)))
+            table_rows.append((number, *stages[encoder_path(patch.site)], numbers[key], len(where)))
             tokens.extend(where)
-    table = np.array(head, dtype=np.int64).reshape(-1, 4)
-    run, stage, source = (np.repeat(table[:, column], table[:, 3]) for column in range(3))
+    table = np.array(table_rows, dtype=np.int64).reshape(-1, 5)
+    run, stage, heads, source = (np.repeat(table[:, column], table[:, 4]) for column in range(4))
     adds = np.array([isinstance(patch.source, Add | Noise) for patch in sources], dtype=np.int64)
-    return FlatPatches(run, stage, np.array(tokens, dtype=np.int64), source, sources, adds)
+    return FlatPatches(run, stage, heads, np.array(tokens, dtype=np.int64), source, sources, adds)
+
+
+def _head(site: Site) -> int:
+    """Number of a head in its attention, -1 for a whole site."""
+    return -1 if site.channels is None else site.channels.start // (site.channels.stop - site.channels.start)
 
 
 def _identity(source: Source) -> object:
@@ -70,16 +77,17 @@ def _identity(source: Source) -> object:
 
 
 def split_entries(flat: FlatPatches, differs_from: Indices, length: int) -> tuple[Entries, Entries]:
-    """The overwrite that counts at each (run, stage, token), which is the last, and the additions after it.
+    """The overwrite that counts at each (run, stage, head, token), which is the last, and the additions after it.
 
     Args:
         flat: the patches.
         differs_from: for each source, the first token at which it may differ from the base run.
         length: number of tokens.
     """
-    cell = (flat.run * (flat.stage.max(initial=0) + 1) + flat.stage) * length + flat.token
+    cell = flat.run * (flat.stage.max(initial=0) + 1) + flat.stage
+    cell = (cell * (flat.head.max(initial=0) + 2) + flat.head + 1) * length + flat.token
     adding = flat.adds.astype(bool)[flat.source]
-    every = Entries(flat.run, flat.stage, flat.token, flat.source, flat.token < differs_from[flat.source])
+    every = Entries(flat.run, flat.stage, flat.head, flat.token, flat.source, flat.token < differs_from[flat.source])
     where = np.flatnonzero(~adding)
     cells, from_end = np.unique(cell[where][::-1], return_index=True)
     last = where[::-1][from_end]

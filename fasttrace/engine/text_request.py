@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, PatchError, SiteError
 from ..patch import Add, Patch, PatchSet, as_runs
-from ..sites import TEXT_PARTS, Site, canonical_path, part_sites
+from ..sites import TEXT_PARTS, Site, canonical_path, head_sites, part_sites
 from .decoder import SUPPORTED, is_supported, word_embedding
 from .values import given_value
 
@@ -31,7 +31,7 @@ class TextRequest:
         ids: ``[T]`` on the encoder's device.
         noise: ``[S, T, D]`` in the encoder's dtype, added to the word embeddings.
         runs: patches of each run; positions are indices or ``None``.
-        sites: the encoder's sites by path within it (``encoder.layers.0.mlp``).
+        sites: the encoder's sites and heads by path within it (``encoder.layers.0.mlp``).
         base: the run that is patched.
         sources: token ids ``[T]`` of further source prompts, by name.
         output: what is returned: one of `OUTPUTS`, or ``"logits"``.
@@ -89,7 +89,8 @@ def text_request(
 ) -> TextRequest:
     """Check the arguments of `trace_text` or `trace_logits`, which say what is raised."""
     encoder = _checked_encoder(encoder, dtype)
-    sites = {encoder_path(site.name): site for site in part_sites(encoder, "text_encoder")}
+    every = [*part_sites(encoder, "text_encoder"), *head_sites(encoder, "text_encoder")]
+    sites = {encoder_path(site.name): site for site in every}
     if output not in (*OUTPUTS, "logits"):
         raise ModelError(f"output={output!r}: expected one of {', '.join(OUTPUTS)}")
     if base not in BASES:
@@ -171,7 +172,8 @@ def _check_patch(
     patch.within(length, None, {"clean", "corrupted", *named})
     value = patch.source.value if isinstance(patch.source, Add) else patch.source
     if isinstance(value, Tensor):
-        given_value(patch, value, length, width, None)
+        channels = sites[encoder_path(patch.site)].channels
+        given_value(patch, value, length, width if channels is None else channels.stop - channels.start, None)
 
 
 def _depth(sites: dict[str, Site], output: str, clip_skip: int | None) -> int:

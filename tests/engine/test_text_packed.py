@@ -14,7 +14,7 @@ import fasttrace as ft
 from fasttrace.engine import linear
 from fasttrace.engine.packed_text import plan_of
 from fasttrace.engine.text import TextTrace, text_request, trace_logits, trace_text_parts
-from fasttrace.sites import part_sites
+from fasttrace.sites import head_sites, part_sites
 from tests.engine.text_models import ALL, CLIP, EOS, LANGUAGE, LENGTH, VOCABULARY, text_model
 
 WIDTH = 16
@@ -31,19 +31,24 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-sources = st.one_of(
-    st.sampled_from(("clean", "clean", "corrupted", "other", "late", ft.ZERO)),
-    seeds.map(lambda seed: drawn(seed, WIDTH)),
-    seeds.map(lambda seed: drawn(seed, LENGTH, WIDTH)),
-    seeds.map(lambda seed: ft.Add(drawn(seed, WIDTH))),
-    seeds.map(lambda seed: ft.Noise(0.5, seed)),
-)
+def sources(width: int) -> st.SearchStrategy[Any]:
+    return st.one_of(
+        st.sampled_from(("clean", "clean", "corrupted", "other", "late", ft.ZERO)),
+        seeds.map(lambda seed: drawn(seed, width)),
+        seeds.map(lambda seed: drawn(seed, LENGTH, width)),
+        seeds.map(lambda seed: ft.Add(drawn(seed, width))),
+        seeds.map(lambda seed: ft.Noise(0.5, seed)),
+    )
 
 
 @st.composite
 def runs(draw: st.DrawFn, model: Any) -> list[tuple[ft.Patch, ...]]:
-    patch = st.builds(ft.Patch, st.sampled_from(part_sites(model, "text_encoder")), positions, source=sources)
-    return draw(st.lists(st.lists(patch, max_size=5).map(tuple), max_size=12))
+    """Patches of whole sites and of heads, often of several heads of one attention."""
+    heads = head_sites(model, "text_encoder")
+    width = heads[0].channels.stop
+    whole = st.builds(ft.Patch, st.sampled_from(part_sites(model, "text_encoder")), positions, source=sources(WIDTH))
+    head = st.builds(ft.Patch, st.sampled_from(heads), positions, source=sources(width))
+    return draw(st.lists(st.lists(whole | head, max_size=5).map(tuple), max_size=12))
 
 
 def noise(seed: int, tokens: tuple[int, ...] = (3, 4)) -> torch.Tensor:
@@ -88,12 +93,26 @@ def test_any_mix_of_patches(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", ["clip", "clip-projection", "t5", "gpt2", "qwen3"])
 def test_every_single_cell(name: str) -> None:
-    """Each (site, token), by itself and as the window of three layers from there."""
+    """Each (site, token) and each (head, token), by itself and as the window of three layers from there."""
     model = text_model(name)
     sites = part_sites(model, "text_encoder")
-    cells = [(ft.Patch(site, [token]),) for site in sites for token in range(LENGTH)]
+    every = [*sites, *head_sites(model, "text_encoder")]
+    cells = [(ft.Patch(site, [token]),) for site in every for token in range(LENGTH)]
     windows = [tuple(ft.Patch(s, [t]) for s in sites[kind::3]) for kind in range(3) for t in range(LENGTH)]
     assert_equal(trace(model, cells + windows, "fast"), trace(model, cells + windows, "oracle"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_heads_of_an_attention_are_that_attention(name: str) -> None:
+    """Its projection is linear: restoring every head restores the whole output."""
+    model = text_model(name)
+    attention = next(site for site in part_sites(model, "text_encoder") if site.layer == 1)
+    heads = [site for site in head_sites(model, "text_encoder") if site.layer == 1]
+    assert [head.name for head in heads] == [f"{attention.name}.heads.{n}" for n in range(len(heads))]
+    runs = [run for t in range(LENGTH) for run in (ft.Patch(attention, [t]), tuple(ft.Patch(h, [t]) for h in heads))]
+    restored = trace(model, runs, "fast").restored
+    torch.testing.assert_close(restored[:, ::2], restored[:, 1::2], rtol=1e-12, atol=1e-12)
+    assert float((restored - restored[:, :1]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-legacy", "clip-projection", "t5", "t5-gated", "llama"])
