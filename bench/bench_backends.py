@@ -3,7 +3,8 @@
     python -m bench.bench_backends [rome] [transformer_lens] [pyvene] [nnsight]
 
 Random weights. Each library is used as its documentation recommends. A rival that takes minutes is timed on a spread of
-the cells and scaled, and the row says so; the cells that it did run are compared with ours first.
+the cells and scaled, and the row says so; the cells that it did run are compared with ours first. Peak memory is beside
+the model's weights; a rival's is that of the cells that it ran.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +23,18 @@ from fasttrace.backends import rome
 from tests.backends.rome_reference import trace_one_cell
 
 from . import record
-from .timing import interleaved
+from .timing import beside, first_calls, interleaved
 
 TOKENS, LAYERS, SUBJECT, SAMPLES = 32, 12, (5, 8), 10
 CELLS = [(layer, token) for layer in range(LAYERS) for token in range(TOKENS)]
-RIVAL_CELLS = CELLS[7::32]
+SOME = CELLS[7::32]
 BATCH = 96
+INVOKES = 32  # in one trace of nnsight: 16 and 96 are slower by the cell
+
+ONE_BY_ONE = "its own loop, one forward a cell"
+
+Cells = Sequence[tuple[int, int]]
+Rival = tuple[Callable[[Cells], Tensor], Cells]
 
 
 def gpt2_small() -> Any:
@@ -40,7 +48,7 @@ def prompt(seed: int) -> Tensor:
     return torch.randint(0, 50257, (TOKENS,), generator=torch.Generator().manual_seed(seed))
 
 
-def bench_rome(model: Any) -> dict[str, Any]:
+def bench_rome(model: Any) -> list[dict[str, Any]]:
     """Ten noise samples, hidden states restored: 384 cells of eleven rows."""
     ids, answer = prompt(0), torch.tensor(11)
     states = {cell: [(cell[1], f"transformer.h.{cell[0]}")] for cell in CELLS}
@@ -49,17 +57,15 @@ def bench_rome(model: Any) -> dict[str, Any]:
     def ours() -> Tensor:
         return rome.trace_many(model, inp, list(states.values()), answer, SUBJECT, 0.5, batch_size=BATCH)
 
-    def theirs() -> Tensor:
-        cells = [
-            trace_one_cell(model, ids, states[cell], answer, SUBJECT, samples=SAMPLES, noise=0.5)
-            for cell in RIVAL_CELLS
-        ]
-        return torch.stack(cells)
+    def theirs(cells: Cells) -> Tensor:
+        return torch.stack(
+            [trace_one_cell(model, ids, states[cell], answer, SUBJECT, samples=SAMPLES, noise=0.5) for cell in cells]
+        )
 
-    return compare("ROME trace_with_patch, hidden states, 10 noise samples", ours, theirs)
+    return compare("ROME trace_with_patch, hidden states, 10 noise samples", ours, {ONE_BY_ONE: (theirs, SOME)})
 
 
-def bench_transformer_lens(model: Any) -> dict[str, Any]:
+def bench_transformer_lens(model: Any) -> list[dict[str, Any]]:
     """``resid_post`` by layer and position, logit difference at the last token."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformer_lens import patching
@@ -94,16 +100,16 @@ def bench_transformer_lens(model: Any) -> dict[str, Any]:
             logit_positions=[-1],
         )  # fmt: skip
 
-    def theirs() -> Tensor:
+    def theirs(cells: Cells) -> Tensor:
         with torch.no_grad():
             return patching.generic_activation_patch(
-                bridge, corrupted, cache, metric, setter, "resid_post", index_df=table(RIVAL_CELLS)
+                bridge, corrupted, cache, metric, setter, "resid_post", index_df=table(cells)
             )
 
-    return compare("TransformerLens generic_activation_patch, resid_post", ours, theirs)
+    return compare("TransformerLens generic_activation_patch, resid_post", ours, {ONE_BY_ONE: (theirs, SOME)})
 
 
-def bench_pyvene(model: Any) -> dict[str, Any]:
+def bench_pyvene(model: Any) -> list[dict[str, Any]]:
     """Interchange of a block's output at one position; the rival builds one ``IntervenableModel`` a cell."""
     import pyvene
 
@@ -122,26 +128,28 @@ def bench_pyvene(model: Any) -> dict[str, Any]:
         sweep = backend.intervene_many(model, cells, base, source, logit_positions=[-1], batch_size=BATCH)
         return torch.stack([logits[0, 0, 5] for logits in sweep])
 
-    def theirs() -> Tensor:
+    def theirs(cells: Cells) -> Tensor:
         found = []
-        for layer, token in RIVAL_CELLS:
+        for layer, token in cells:
             config, locations = cell(layer, token)
             with torch.no_grad():
                 _, output = pyvene.IntervenableModel(config, model)(base, [source], locations)
             found.append(output.logits[0, -1, 5])
         return torch.stack(found)
 
-    return compare("pyvene IntervenableModel, block_output", ours, theirs)
+    return compare("pyvene IntervenableModel, block_output", ours, {ONE_BY_ONE: (theirs, SOME)})
 
 
-def bench_nnsight(model: Any) -> dict[str, Any]:
-    """Envoys as addresses; the rival batches all cells of a layer as invokes of one trace."""
+def bench_nnsight(model: Any) -> list[dict[str, Any]]:
+    """Envoys as addresses; the rival runs a trace a cell, or the cells as invokes of one trace."""
     import nnsight
+    from nnsight.modeling.transformers import TransformersModel
 
     import fasttrace as ft
     from fasttrace.backends import nnsight as backend
+    from fasttrace.zoo.offline_tokenizer import offline_tokenizer
 
-    wrapped = nnsight.NNsight(model)
+    wrapped = TransformersModel(model, tokenizer=offline_tokenizer(1000), task="text-generation")
     base, source = prompt(1), prompt(0)
     noise = torch.zeros(TOKENS, 768)
 
@@ -154,40 +162,59 @@ def bench_nnsight(model: Any) -> dict[str, Any]:
         trace = ft.trace_text(model, base, patches, noise, base="clean", sources={"other": source})
         return trace.restored[:, -1] @ model.lm_head.weight[5]
 
-    def theirs() -> Tensor:
-        found = []
-        with torch.no_grad():
-            with wrapped.trace(source[None]):
-                clean = nnsight.save([block.output for block in wrapped.transformer.h])
-            for layer, token in RIVAL_CELLS:
-                with wrapped.trace(base[None]):
-                    wrapped.transformer.h[layer].output[:, token] = clean[layer][:, token]
-                    logits = wrapped.lm_head.output.save()
-                found.append(logits[0, -1, 5])
+    def clean_states() -> Any:
+        with wrapped.trace(source[None]):
+            states = nnsight.save([block.output for block in wrapped.transformer.h])
+        return states  # noqa: RET504 - the body of a trace may not return
+
+    @torch.no_grad()
+    def traces(cells: Cells) -> Tensor:
+        clean, found = clean_states(), []
+        for layer, token in cells:
+            with wrapped.trace(base[None]):
+                wrapped.transformer.h[layer].output[:, token] = clean[layer][:, token]
+                logits = wrapped.lm_head.output.save()
+            found.append(logits[0, -1, 5])
         return torch.stack(found)
 
-    return compare("nnsight trace a cell, block output", ours, theirs)
+    @torch.no_grad()
+    def invokes(cells: Cells) -> Tensor:
+        clean = clean_states()
+        with wrapped.trace() as tracer:
+            found = nnsight.save([])
+            for layer, token in cells:
+                with tracer.invoke(base[None]):
+                    wrapped.transformer.h[layer].output[:, token] = clean[layer][:, token]
+                    found.append(wrapped.lm_head.output[0, -1, 5])
+        return torch.stack(list(found))
 
-
-def compare(what: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], rounds: int = 3) -> dict[str, Any]:
-    """Check that both compute the same, then time them in turn; the rival's time is scaled to all cells."""
-    chosen = [CELLS.index(cell) for cell in RIVAL_CELLS]
-    found, expected = ours()[chosen], theirs()
-    error = float(((found - expected).abs().max() / expected.abs().max()).item())
-    assert error < 1e-4, f"{what}: the two disagree by {error:.1e}"
-    timing = interleaved({"ours": ours, "theirs": theirs}, rounds)
-    scale = len(CELLS) / len(RIVAL_CELLS)
-    ratios = sorted(scale * b / a for a, b in zip(timing["ours"].seconds, timing["theirs"].seconds, strict=True))
-    return {
-        "what": what,
-        "rival": f"its own loop, one forward a cell; {len(RIVAL_CELLS)} of {len(CELLS)} cells timed and scaled",
-        "median_s": round(timing["ours"].median, 3),
-        "rival_median_s": round(timing["theirs"].median * scale, 3),
-        "ratio": round(ratios[len(ratios) // 2], 2),
-        "ratio_lowest": round(ratios[0], 2),
-        "ratio_highest": round(ratios[-1], 2),
-        "relative_difference": f"{error:.1e}",
+    rivals = {
+        "one trace a cell": (traces, SOME),
+        f"{INVOKES} invokes in one trace": (invokes, CELLS[5 :: len(CELLS) // INVOKES]),
     }
+    return compare("nnsight, block output", ours, rivals)
+
+
+def compare(what: str, ours: Callable[[], Tensor], rivals: dict[str, Rival], rounds: int = 3) -> list[dict[str, Any]]:
+    """Check that all compute the same, then time them in turn; a rival's time is scaled to all cells."""
+    runs = {"ours": ours} | {name: partial(theirs, cells) for name, (theirs, cells) in rivals.items()}
+    results, peaks = first_calls(runs)
+    errors = {}
+    for name, (_, cells) in rivals.items():
+        mine = results["ours"][[CELLS.index(cell) for cell in cells]]
+        errors[name] = float((mine - results[name]).abs().max() / results[name].abs().max())
+        assert errors[name] < 1e-4, f"{what}, {name}: the two disagree by {errors[name]:.1e}"
+    timing = interleaved(runs, rounds, peaks=peaks)
+    return [
+        beside(
+            {"what": what, "rival": name, "timed": f"{len(cells)} of {len(CELLS)} cells"},
+            timing["ours"],
+            timing[name],
+            scale=len(CELLS) / len(cells),
+        )
+        | {"relative_difference": f"{errors[name]:.1e}"}
+        for name, (_, cells) in rivals.items()
+    ]
 
 
 SUITES = {
@@ -200,9 +227,10 @@ SUITES = {
 
 def main(names: Sequence[str]) -> None:
     for name in names or SUITES:
-        row = SUITES[name](gpt2_small())
-        print(f"{row['what']}: {row['median_s']} s, rival {row['rival_median_s']} s, {row['ratio']}x")
-        record.append("backends", [row])
+        rows = SUITES[name](gpt2_small())
+        for row in rows:
+            print(f"{row['what']}: {row['median_s']} s; {row['rival']}: {row['rival_median_s']} s, {row['ratio']}x")
+        record.append("backends", rows)
 
 
 if __name__ == "__main__":
