@@ -33,6 +33,8 @@ class Sweep:
         base: the run that is patched.
         sources: other prompts ``[T]`` by the name that patches use.
         attention_mask: ``[T]`` or ``None``.
+        position: the only token whose state is scored, or ``None`` for all; nothing is computed for the others that it
+            does not depend on.
     """
 
     input_ids: Tensor
@@ -41,6 +43,7 @@ class Sweep:
     base: str = "corrupted"
     sources: Mapping[str, Tensor] = field(default_factory=dict)
     attention_mask: Tensor | None = None
+    position: int | None = None
 
 
 class Backend(abc.ABC, Generic[Request]):
@@ -76,7 +79,8 @@ class Backend(abc.ABC, Generic[Request]):
         """What the library reports of some runs.
 
         Args:
-            states: hidden states after the final norm, ``[S, n, T, D]``, of ``n`` runs.
+            states: hidden states after the final norm, ``[S, n, T, D]``, of ``n`` runs; ``[S, n, D]`` where the sweep
+                names one position.
 
         Returns:
             ``[n, ...]``, one row a run.
@@ -134,4 +138,5 @@ class Backend(abc.ABC, Generic[Request]):
                 base=sweep.base,
                 sources=sweep.sources,
                 attention_mask=sweep.attention_mask,
+                position=sweep.position,
             ).restored

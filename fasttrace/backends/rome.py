@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.decoder import word_embedding
 from ..engine.linear import on_packed
 from ..engine.text import encoder_path
-from ..errors import BackendError, SiteError
+from ..errors import BackendError
 from ..patch import Patch
 from ..sites import part_sites
 from .base import Backend, Sweep
@@ -44,17 +44,12 @@ class RomeBackend(Backend[Trace]):
     """Runs `Trace` requests; the functions of this module are its everyday form."""
 
     def sweep(self, request: Trace) -> Sweep:
-        known = {encoder_path(site.name): site for site in part_sites(self.model, "model")}
-        runs = []
-        for states in request.states:
-            for _, layer in states:
-                if layer not in known:
-                    raise SiteError(f"no layer {layer!r} to restore: expected one of {', '.join(list(known)[:3])}, ...")
-            runs.append(tuple(Patch(layer, [token]) for token, layer in states))
-        return Sweep(request.input_ids, runs, request.noise, attention_mask=request.attention_mask)
+        runs = [tuple(Patch(layer, [token]) for token, layer in states) for states in request.states]
+        last = len(request.input_ids) - 1
+        return Sweep(request.input_ids, runs, request.noise, attention_mask=request.attention_mask, position=last)
 
     def score(self, request: Trace, states: Tensor) -> Tensor:
-        return self.probabilities(states[:, :, -1], request.answers).mean(dim=0)
+        return self.probabilities(states, request.answers).mean(dim=0)
 
 
 def trace_with_patch(
@@ -74,7 +69,8 @@ def trace_with_patch(
         model: a causal language model.
         inp: ``input_ids`` (and ``attention_mask``) ``[1 + S, T]``: one prompt repeated; row 0 is the clean run, the
             others are the noise samples.
-        states_to_patch: (token, layer name) pairs to restore together; none gives the corrupted run.
+        states_to_patch: (token, layer name) pairs to restore together; none gives the corrupted run. Beside what the
+            original takes, ``"transformer.h.5.attn.heads.3"`` names a single head.
         answers_t: token ids whose probability is reported, of any shape.
         tokens_to_mix: first token to corrupt and the one after the last; ``None`` corrupts nothing.
         noise: factor on the draws, or a function of them.

@@ -10,7 +10,7 @@ activation      patch setters                    becomes
 ``resid_post``  ``layer_pos``                    the layer's hidden state
 ``attn_out``    ``layer_pos``                    the attention's output
 ``mlp_out``     ``layer_pos``                    the MLP's output
-``z``           ``layer_pos``, ``layer_head``,   the attention's output, projected from the patched head values
+``z``           ``layer_pos``, ``layer_head``,   its heads, before the output projection
                 ``layer_pos_head``
 ==============  ===============================  ==========================================================
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,16 +29,15 @@ import torch
 from torch import Tensor
 
 from ..engine.decoder import decoder_of
-from ..engine.linear import on_packed
 from ..errors import BackendError
-from ..patch import Patch
-from ..sites import part_sites
+from ..patch import Patch, PatchSet
+from ..sites import Site, head_sites, part_sites
 from .base import Backend, Sweep
 from .plain import plain
 
 Metric = Callable[[Tensor], Any]
 
-_KINDS = {"resid_pre": "hidden", "resid_post": "hidden", "attn_out": "self_attn", "mlp_out": "mlp", "z": "self_attn"}
+_KINDS = {"resid_pre": "hidden", "resid_post": "hidden", "attn_out": "self_attn", "mlp_out": "mlp", "z": "head"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ class Cells:
 
     Attributes:
         tokens: the corrupted prompt, ``[T]``.
-        runs: one patch a cell.
+        runs: patches of each cell.
         noise: ``[S, T, D]`` where the embedding is patched: a noise sample takes the place of a run.
+        position: the only token whose state is read, or ``None``.
     """
 
     tokens: Tensor
-    runs: Sequence[Patch | tuple[()]]
+    runs: Sequence[PatchSet]
     noise: Tensor | None
+    position: int | None
 
 
 class TransformerLensBackend(Backend[Cells]):
@@ -76,17 +78,27 @@ class TransformerLensBackend(Backend[Cells]):
 
     def sweep(self, request: Cells) -> Sweep:
         base = "clean" if request.noise is None else "corrupted"
-        return Sweep(request.tokens, request.runs, request.noise, base)
+        return Sweep(request.tokens, request.runs, request.noise, base, position=request.position)
 
     def score(self, request: Cells, states: Tensor) -> Tensor:
         return states.transpose(0, 1).flatten(0, 1)
 
     @cached_property
-    def _sites(self) -> dict[tuple[str, int], str]:
-        return {(site.kind, site.layer): site.name for site in part_sites(self.model, "model")}
+    def _sites(self) -> dict[tuple[str, int], list[Site]]:
+        """The sites of each kind and layer: one, or the heads."""
+        sites = defaultdict(list)
+        for site in (*part_sites(self.model, "model"), *head_sites(self.model, "model")):
+            sites[site.kind, site.layer].append(site)
+        return sites
 
     def cells(
-        self, tokens: Tensor, clean: Mapping[str, Tensor], name: str, indices: Sequence[Sequence[int]], setter: str
+        self,
+        tokens: Tensor,
+        clean: Mapping[str, Tensor],
+        name: str,
+        indices: Sequence[Sequence[int]],
+        setter: str,
+        position: int | None,
     ) -> list[tuple[list[int], Cells]]:
         """The cells of a sweep as requests, each with the cells' numbers.
 
@@ -96,10 +108,11 @@ class TransformerLensBackend(Backend[Cells]):
             name: the activation.
             indices: ``[layer, pos]``, ``[layer, pos, head]`` or ``[layer, head]`` of each cell.
             setter: which of these, by the setter's name without ``_patch_setter``.
+            position: the only token whose state is read, or ``None``.
         """
         from transformer_lens.utilities import get_act_name
 
-        runs: list[Patch | tuple[()]] = []
+        runs: list[PatchSet] = []
         embedded: list[int] = []
         ours: list[int] = []
         for cell, index in enumerate(indices):
@@ -109,15 +122,12 @@ class TransformerLensBackend(Backend[Cells]):
                 embedded.append(cell)
                 continue
             ours.append(cell)
-            site = self._sites[_KINDS[name], layer - (name == "resid_pre")]
-            if name == "z":
-                runs.append(self._head_patch(site, tokens, layer, value, index, setter))
-            else:
-                runs.append(Patch(site, [int(index[1])], source=value[int(index[1])]))
-        requests = [(ours, Cells(tokens, runs, None))] if runs else []
+            sites = self._sites[_KINDS[name], layer - (name == "resid_pre")]
+            runs.append(_head_patches(sites, value, index, setter) if name == "z" else _at(sites[0], value, index[1]))
+        requests = [(ours, Cells(tokens, runs, None, position))] if runs else []
         if embedded:
             noise = self._embedding_noise(tokens, clean[get_act_name(name, layer=0)], [indices[c][1] for c in embedded])
-            requests.append((embedded, Cells(tokens, [()], noise)))
+            requests.append((embedded, Cells(tokens, [()], noise, position)))
         return requests
 
     def logits_of(
@@ -133,61 +143,46 @@ class TransformerLensBackend(Backend[Cells]):
         from transformer_lens.utilities import get_act_name
 
         rows, length = tokens.shape
+        only = positions[0] % length if positions is not None and len(positions) == 1 else None
         for start in range(0, len(indices), self.batch_size):
             chunk = indices[start : start + self.batch_size]
-            states = torch.empty(len(chunk), rows, length, self.embedding_width, dtype=self.model.dtype)
+            shape = (length,) if only is None else ()
+            states = torch.empty(len(chunk), rows, *shape, self.embedding_width, dtype=self.model.dtype)
             names = {get_act_name(name, layer=int(index[0])) for index in chunk}
             for row, prompt in enumerate(tokens):
                 clean = {key: clean_cache[key][min(row, len(clean_cache[key]) - 1)] for key in names}
-                for numbers, request in self.cells(prompt, clean, name, chunk, setter):
+                for numbers, request in self.cells(prompt, clean, name, chunk, setter, only):
                     states[numbers, row] = self.run(request)
             for cell in states.to(tokens.device):
                 if positions is None:
                     yield self.logits(cell)
                 else:
-                    read = self.logits(cell[:, positions])
+                    read = self.logits(cell[:, positions] if only is None else cell[:, None])
                     logits = read.new_full((rows, length, read.shape[-1]), float("nan"))
                     logits[:, positions] = read
                     yield logits
 
-    def _head_patch(
-        self, site: str, tokens: Tensor, layer: int, value: Tensor, index: Sequence[int], setter: str
-    ) -> Patch:
-        """Head values ``[T, H, d]`` of one layer, patched and projected."""
-        position = None if setter == "layer_head" else int(index[1])
-        head: Any = {"layer_pos": slice(None), "layer_head": int(index[-1]), "layer_pos_head": int(index[-1])}[setter]
-        where = slice(None) if position is None else slice(position, position + 1)
-        z = self._base_heads(tokens)[layer].view(len(tokens), *value.shape[1:])[where].clone()
-        z[:, head] = value[where, head].to(z)
-        projected = on_packed(self._decoder(len(tokens)).layers[layer].out, z.flatten(1))
-        return Patch(
-            site, None if position is None else [position], source=projected if position is None else projected[0]
-        )
-
     def _embedding_noise(self, tokens: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:
-        embedded = self._decoder(len(tokens)).embed(tokens, None)
+        embedded = decoder_of(self.model, len(tokens), None).embed(tokens, None)
         noise = embedded.new_zeros(len(positions), *embedded.shape)
         for sample, position in enumerate(positions):
             noise[sample, position] = value[position].to(embedded) - embedded[position]
         return noise
 
-    def _decoder(self, length: int) -> Any:
-        return decoder_of(self.model, length, None)
 
-    def _base_heads(self, tokens: Tensor) -> list[Tensor]:
-        """The base run's head values before the output projection, ``[T, H x d]`` by layer."""
-        key = tuple(tokens.tolist())
-        if getattr(self, "_heads_of", None) != key:
-            seen: list[Tensor] = []
-            layers = self._decoder(len(tokens)).layers
-            handles = [layer.out.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for layer in layers]
-            try:
-                self.model(input_ids=tokens[None])
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._heads_of, self._heads = key, seen
-        return self._heads
+def _at(site: Site, value: Tensor, position: int) -> Patch:
+    """The clean value ``[T, D]`` at one position."""
+    return Patch(site, [int(position)], source=value[int(position)])
+
+
+def _head_patches(heads: Sequence[Site], value: Tensor, index: Sequence[int], setter: str) -> PatchSet:
+    """The clean values ``[T, H, d]`` of one head or all of them, at one position or all."""
+    if setter == "layer_pos":
+        return tuple(_at(head, value[:, number], index[1]) for number, head in enumerate(heads))
+    number = int(index[-1])
+    if setter == "layer_head":
+        return Patch(heads[number], source=value[:, number])
+    return _at(heads[number], value[:, number], index[1])
 
 
 @torch.no_grad()

@@ -85,16 +85,17 @@ def _text_run(
         # A language model's head is called for its answers alone.
         model = text_body(encoder) if request.output == "last" else encoder
         result = model(input_ids=ids[None], attention_mask=mask)
+    read = slice(None) if request.column is None else request.column
     if request.output == "penultimate":
-        return inputs[request.depth][0], values
+        return inputs[request.depth][0][read], values
     if request.output == "pooled":
         pooled = getattr(result, "text_embeds", None)
         return (pooled if pooled is not None else result.pooler_output)[0], values
     if request.output == "logits":
         return result.logits[0, request.column, request.answers], values
     if request.depth < len(inputs):
-        return decoder_of(encoder, len(ids), None).final_norm(inputs[request.depth])[0], values
-    return result.last_hidden_state[0], values
+        return decoder_of(encoder, len(ids), None).final_norm(inputs[request.depth])[0][read], values
+    return result.last_hidden_state[0][read], values
 
 
 @contextlib.contextmanager

@@ -115,7 +115,8 @@ class PackedText:
 
     def _output(self, hidden: Tensor) -> Tensor:
         """What the request returns of one run's last hidden states ``[T, D]``."""
-        return self._read(hidden) if self.request.column is None else self._read(hidden[-1:])[0]
+        column = self.request.column
+        return self._read(hidden) if column is None else self._read(hidden[column : column + 1])[0]
 
     def _read(self, hidden: Tensor) -> Tensor:
         """What the request returns of hidden states ``[R, D]``."""
@@ -123,7 +124,7 @@ class PackedText:
         if request.output == "penultimate":
             return hidden
         normed = on_packed(self.decoder.final_norm, hidden)
-        return text_head(request.encoder, normed, request.answers) if request.column is not None else normed
+        return normed if request.output == "last" else text_head(request.encoder, normed, request.answers)
 
     def _run(self, chunk: Chunk, records: dict[str, Record]) -> Tensor:
         """The packed state ``[slots, D]`` of a chunk after the last layer."""
@@ -246,9 +247,11 @@ def forget_plans() -> None:
 
 def _decoder(request: TextRequest) -> tuple[Decoder, int]:
     """The layers that run, and the number of tokens: a causal model does nothing after the one that is read."""
-    length = request.ids.shape[0] if request.column is None else request.column + 1
-    mask = None if request.attention_mask is None else request.attention_mask[:length]
+    length, mask = request.ids.shape[0], request.attention_mask
     decoder = decoder_of(request.encoder, length, mask)
+    if decoder.causal and request.column is not None:
+        length = request.column + 1
+        decoder = decoder_of(request.encoder, length, None if mask is None else mask[:length])
     del decoder.layers[request.depth :]
     return decoder, length
 
@@ -256,7 +259,7 @@ def _decoder(request: TextRequest) -> tuple[Decoder, int]:
 def _compile(request: TextRequest, decoder: Decoder, length: int, flat: FlatPatches) -> TextPlan:
     """The plan, kept for the next prompt or noise sample with the same patches."""
     device, full = request.ids.device, request.ids.shape[0]
-    shape = TextShape(len(decoder.layers), length, decoder.causal, request.column is not None)
+    shape = TextShape(len(decoder.layers), length, decoder.causal, request.column)
     differs = differs_from(request, flat.sources)
     if not decoder.causal:
         differs = np.where(differs < full, 0, full)

@@ -32,7 +32,7 @@ class TextTrace:
     """What a text trace returns.
 
     Attributes:
-        clean: ``[T, D]`` (``[D]`` if pooled, ``[A]`` for logits).
+        clean: ``[T, D]`` (``[D]`` if pooled or at one position, ``[A]`` for logits).
         corrupted: ``[T, D]``, or ``[S, T, D]`` where the noise has a sample dimension.
         restored: ``[N, T, D]``, or ``[S, N, T, D]``: one per run, in the order of the patches.
     """
@@ -49,7 +49,7 @@ class TextPart:
     Attributes:
         sample: number of the noise sample.
         runs: numbers of the runs ``[n]``.
-        restored: their outputs ``[n, T, D]`` (``[n, D]`` if pooled).
+        restored: their outputs ``[n, T, D]`` (``[n, D]`` if pooled or at one position).
     """
 
     sample: int
@@ -66,6 +66,7 @@ def trace_text(
     base: str = "corrupted",
     sources: Mapping[str, Tokens] | None = None,
     output: str = "last",
+    position: int | None = None,
     attention_mask: Tokens | None = None,
     engine: str = "fast",
     clip_skip: int | None = None,
@@ -85,6 +86,8 @@ def trace_text(
         sources: token ids ``[T]`` of other prompts, by the name that patches use; they run without noise.
         output: ``"last"`` (after the final layer norm), ``"penultimate"`` (the last layer's input, as SDXL reads), or
             ``"pooled"`` (at the end of text; projected where the encoder has a projection).
+        position: the only token whose state is returned, so that results drop ``T``; nothing is computed that this
+            token does not depend on. ``None`` for all tokens.
         attention_mask: ``[T]``, as in transformers.
         engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time. The fast engine calls projections, norms
             and MLPs as modules, with their hooks and adapters; hooks on whole layers and attentions do not fire.
@@ -102,7 +105,7 @@ def trace_text(
     """
     request = text_request(
         encoder, input_ids, patches, noise, base=base, sources=sources, output=output, attention_mask=attention_mask,
-        clip_skip=clip_skip, dtype=dtype, max_rows=max_rows, out=out,
+        clip_skip=clip_skip, dtype=dtype, max_rows=max_rows, out=out, position=position,
     )  # fmt: skip
     return run_text_request(request, engine)
 

@@ -105,13 +105,13 @@ class _ChunkCompiler:
             plan, live = self._layer(layer, live, needed[layer + 1])
             plans.append(plan)
         run, token = np.nonzero(live)
-        target = self._tensor(run if self.shape.last_only else run * self.shape.length + token)
+        target = self._tensor(run if self.shape.column is not None else run * self.shape.length + token)
         return Chunk(self._tensor(members), int(self.offset[-1]), plans, self._rows(live).slots, target)
 
     def _needed(self) -> list[Mask]:
         """For each layer's input, and the last one's output, the columns on which the result depends."""
         need = np.zeros((len(self.start), self.shape.length), dtype=bool)
-        need[:, -1 if self.shape.last_only else slice(None)] = True
+        need[:, slice(None) if self.shape.column is None else self.shape.column] = True
         needed = [need]
         for layer in reversed(range(self.shape.layers)):
             inner = need & ~self._mask(self.sets[3 * layer + HIDDEN])

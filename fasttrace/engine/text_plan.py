@@ -32,13 +32,13 @@ class TextShape:
         layers: number of layers that run.
         length: number of tokens that run, ``T``.
         causal: whether a token reads only itself and the tokens before it.
-        last_only: whether only the last of these tokens is returned.
+        column: the only one of these tokens that is returned, or ``None`` for all.
     """
 
     layers: int
     length: int
     causal: bool
-    last_only: bool
+    column: int | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Chunk:
         slots: number of rows of the packed state.
         layers: one plan a layer.
         final: slots that are returned.
-        target: where they go among ``n x T`` (``n`` if only the last token is returned).
+        target: where they go among ``n x T`` (``n`` if only one token is returned).
     """
 
     runs: Tensor

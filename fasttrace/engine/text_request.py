@@ -118,6 +118,7 @@ def text_request(
     runs = as_runs(patches)
     for patch in (patch for run in runs for patch in run):
         _check_patch(patch, encoder, sites, length, width, named)
+    column = _column(encoder, ids, mask, output, position)
     samples = noise.to(embedding) if noise.ndim == 3 else noise.to(embedding)[None]
     return TextRequest(
         encoder,
@@ -130,10 +131,10 @@ def text_request(
         output,
         mask,
         _depth(sites, output, clip_skip),
-        _column(encoder, ids, mask, output, position),
+        column,
         None if output != "logits" else _checked_answers(encoder, answers),
         max_rows,
-        _checked_out(out, output, (*noise.shape[:-2], len(runs), length, width), embedding),
+        _checked_out(out, column, (*noise.shape[:-2], len(runs), length, width), embedding),
         noise.ndim == 3,
     )
 
@@ -191,10 +192,12 @@ def _depth(sites: dict[str, Site], output: str, clip_skip: int | None) -> int:
 
 def _column(encoder: Any, ids: Tensor, mask: Tensor | None, output: str, position: int | None) -> int | None:
     if output == "pooled":
+        if position is not None:
+            raise PatchError(f'position={position}: the pooled output is read at the end of text; use output="last"')
         return _pooled_column(encoder, ids)
-    if output != "logits":
-        return None
     if position is None:
+        if output != "logits":
+            return None
         return ids.shape[0] - 1 if mask is None or not mask.any() else int(mask.nonzero()[-1])
     if not 0 <= position < ids.shape[0]:
         raise PatchError(f"position={position}: expected 0 to {ids.shape[0] - 1}")
@@ -216,11 +219,11 @@ def _checked_answers(model: Any, answers: Tokens | None) -> Tensor:
     return _checked_ids("answers", answers if answers is not None else (), model.lm_head.weight)
 
 
-def _checked_out(out: Tensor | None, output: str, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+def _checked_out(out: Tensor | None, column: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
     if out is None:
         return None
-    if output == "pooled":
-        raise PatchError("out is for states of all tokens: pooled outputs are small, so leave it out")
+    if column is not None:
+        raise PatchError("out is for states of all tokens: outputs of one token are small, so leave it out")
     if out.shape != shape or out.dtype != like.dtype or out.device != like.device:
         raise PatchError(
             f"out is {out.dtype} {list(out.shape)} on {out.device}: expected {like.dtype} {list(shape)} on "

@@ -187,6 +187,18 @@ def test_clip_skip(skip: int) -> None:
     torch.testing.assert_close(fast.clean, model.final_layer_norm(states)[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("output", ["last", "penultimate"])
+def test_the_state_of_one_token(name: str, output: str) -> None:
+    model = text_model(name)
+    sites = [*part_sites(model, "text_encoder"), *head_sites(model, "text_encoder")]
+    cells = [ft.Patch(site, [token]) for site in sites for token in range(LENGTH)]
+    everything = trace(model, cells, "fast", output=output)
+    fast, oracle = (trace(model, cells, engine, output=output, position=6) for engine in ("fast", "oracle"))
+    assert_equal(fast, oracle)
+    torch.testing.assert_close(fast.restored, everything.restored[:, :, 6], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LANGUAGE)
 @pytest.mark.parametrize(("mask", "position"), [(MASKS[0], None), (MASKS[1], None), (MASKS[2], 5)])
 def test_logits_of_chosen_answers(name: str, mask: list[int] | None, position: int | None) -> None:
