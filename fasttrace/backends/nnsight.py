@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BackendError, SiteError
 from ..patch import Patch, Source
-from ..sites import Site, discover_sites, part_sites, unet_blocks
+from ..sites import Site, discover_sites, find_site, part_sites, unet_blocks
 from .plain import plain
 
 
@@ -42,21 +42,28 @@ def pipeline_of(model: Any) -> Any:
     return own
 
 
-def site_of(model: Any, envoy: Any) -> Site:
+def site_of(model: Any, envoy: Any, head: int | None = None) -> Site:
     """The site that an Envoy stands for.
 
     Args:
         model: nnsight's model, diffusion or language.
         envoy: an Envoy of it.
+        head: a head of the text attention that the Envoy stands for: its share of the input of the output projection
+            (in a script, ``attn.c_proj.input[..., head * d : (head + 1) * d]``).
 
     Raises:
-        SiteError: the Envoy's module is none that can be patched.
+        SiteError: the Envoy's module is none that can be patched, or has no such head.
     """
     module = envoy._module
     for site in _all_sites(model):
         if site.module is module:
-            return site
+            return site if head is None else _head_of(model, site, head)
     raise SiteError(f"{envoy.path} ({type(module).__name__}) is no site: name a resnet, attention, MLP or whole layer")
+
+
+def _head_of(model: Any, attention: Site, head: int) -> Site:
+    pipeline = getattr(model._module, "pipeline", None)
+    return find_site(model._module if pipeline is None else pipeline, f"{attention.name}.heads.{head}")
 
 
 def patches(

@@ -2,13 +2,13 @@
 
 Served: ``VanillaIntervention`` (interchange), ``ZeroIntervention``, ``AdditionIntervention``,
 ``SubtractionIntervention`` and ``NoiseIntervention``, in parallel mode, at token positions (unit ``"pos"``) of
-``block_input`` (from layer 1 on), ``block_output``, ``attention_output``, ``mlp_output``, or of those modules by path
-(``"model.layers[3].mlp.output"``). Anything else is refused, and named as a matter for pyvene's own class.
+``block_input`` (from layer 1 on), ``block_output``, ``attention_output``, ``attention_value_output``, ``mlp_output``,
+or of those modules by path (``"model.layers[3].mlp.output"``); and at heads (units ``"h"`` and ``"h.pos"``) of
+``head_attention_value_output``. Anything else is refused, and named as a matter for pyvene's own class.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,43 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.oracle import hooks
-from ..engine.text import encoder_path
-from ..engine.values import first
+from ..engine.values import value_hooks
 from ..errors import BackendError
-from ..patch import ZERO, Add, Patch, Source
-from ..sites import Site, part_sites
+from ..patch import Patch
+from ..sites import head_sites, part_sites
 from .base import Backend, Sweep
-
-_COMPONENTS = {"block_output": "hidden", "attention_output": "self_attn", "mlp_output": "mlp"}
-_OTHERWISE = "run it with pyvene.IntervenableModel"
+from .pyvene_config import OTHERWISE, Place, plan_of, pyvene_model
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """One base prompt and the patched runs over it."""
+    """One base prompt, the patched runs over it, and the only token that is read, if it is one."""
 
     input_ids: Tensor
     attention_mask: Tensor | None
     runs: Sequence[tuple[Patch, ...]]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One representation of a config: where it acts, and the real intervention that pyvene made for it."""
-
-    key: str
-    site: Site
-    intervention: Any
-    group: int
-    rank: int
+    position: int | None
 
 
 class PyveneBackend(Backend[Prompts]):
-    """Final states ``[n, T, D]`` of patched runs over one prompt."""
+    """Final states ``[n, T, D]``, or ``[n, D]``, of patched runs over one prompt."""
 
     def sweep(self, request: Prompts) -> Sweep:
-        return Sweep(request.input_ids, request.runs, base="clean", attention_mask=request.attention_mask)
+        return Sweep(request.input_ids, request.runs, None, "clean", {}, request.attention_mask, request.position)
 
     def score(self, request: Prompts, states: Tensor) -> Tensor:
         return states[0]
@@ -72,8 +58,8 @@ class FastIntervenable:
 
     def __init__(self, config: Any, model: Any, batch_size: int = 256) -> None:
         self._backend = PyveneBackend(model, batch_size)
-        self._own = _pyvene_model(config, model)
-        self._planned = _plan(self._own, model)
+        self._own = pyvene_model(config, model)
+        self._planned = plan_of(self._own, model)
 
     @torch.no_grad()
     def __call__(
@@ -95,7 +81,8 @@ class FastIntervenable:
             sources: inputs like ``base``, one for each group of representations, or one for all.
             unit_locations: ``{"sources->base": (source positions, base positions)}`` or ``{"base": positions}``, in any
                 of pyvene's forms.
-            source_representations: values ``[B, units, D]`` instead of sources: by key, in order, or one for all.
+            source_representations: values ``[B, units, D]``, or ``[B, heads, units, d]`` of heads, instead of sources:
+                by key, in order, or one for all.
             subspaces, labels: refused unless ``None``.
             output_original_output: also return the base run's outputs.
             return_dict: return a ``pyvene.IntervenableModelOutput``.
@@ -105,7 +92,7 @@ class FastIntervenable:
             ``(original outputs or None, outputs)``; outputs have ``logits`` ``[B, T, vocabulary]``.
         """
         if subspaces is not None or labels is not None:
-            raise BackendError(f"subspaces and labels are not served: {_OTHERWISE}")
+            raise BackendError(f"subspaces and labels are not served: {OTHERWISE}")
         cells = [self._patches(base, sources, unit_locations, source_representations, {})]
         logits = next(iter(_logits(self._backend, base, cells, None)))
         from transformers.modeling_outputs import CausalLMOutput
@@ -133,22 +120,21 @@ class FastIntervenable:
         for planned in sorted(self._planned, key=lambda p: p.rank):
             number = order[planned.key]
             if at_base is None or at_base[number] is None:
-                raise BackendError(f"{planned.key} has no positions in the base: give unit_locations, or {_OTHERWISE}")
+                raise BackendError(f"{planned.key} has no positions in the base: give unit_locations, or {OTHERWISE}")
             for row in range(batch):
-                positions = [int(p) for p in at_base[number][row]]
-                value = _constant(planned.intervention)
+                value = planned.constant()
                 if value is None and given is not None:
                     if planned.key not in given:
                         continue
                     value = given[planned.key]
-                    value = value[row] if value.ndim == 3 else value
+                    value = planned.shaped(value[row] if value.ndim > 2 else value)
                 elif value is None:
                     source = listed[planned.group]
                     if source is None:
                         continue
-                    recorded = _record(self._backend.model, source, planned.site, cache)
-                    value = recorded[row][[int(p) for p in at_source[number][row]]]
-                runs[row] += _as_patches(planned, positions, value)
+                    place = planned.place(at_source[number], row)
+                    value = _recorded(self._backend.model, source, place, row, cache)
+                runs[row] += planned.patches(planned.place(at_base[number], row), value)
         return [tuple(run) for run in runs]
 
 
@@ -172,18 +158,18 @@ def to_patches(config: Any, unit_locations: Mapping[str, Any], model: Any) -> li
     Raises:
         BackendError: an intervention, component, unit or mode that is not served, or positions that differ.
     """
-    own = _pyvene_model(config, model)
+    own = pyvene_model(config, model)
     at_source, at_base = own._broadcast_unit_locations(1, unit_locations)["sources->base"]
     patches = []
-    for number, planned in enumerate(_plan(own, model)):
-        positions = [int(p) for p in at_base[number][0]]
-        value = _constant(planned.intervention)
+    for number, planned in enumerate(plan_of(own, model)):
+        place = planned.place(at_base[number], 0)
+        value = planned.constant()
         if value is not None:
-            patches += _as_patches(planned, positions, value)
+            patches += planned.patches(place, value)
             continue
-        if [int(p) for p in at_source[number][0]] != positions or _adds(planned.intervention):
+        if planned.place(at_source[number], 0) != place or planned.adds:
             raise BackendError(f"{planned.key}: a patch copies a position to itself; use FastIntervenable for others")
-        patches.append(Patch(planned.site, positions, source=f"source{planned.group}"))
+        patches += [Patch(site, place.positions, source=f"source{planned.group}") for site in place.sites]
     return patches
 
 
@@ -225,114 +211,36 @@ def _logits(
     positions: Sequence[int] | None,
 ) -> Iterator[Tensor]:
     mask = base.get("attention_mask")
+    only = positions[0] % base["input_ids"].shape[1] if positions is not None and len(positions) == 1 else None
     states = torch.stack(
         [
-            backend.run(Prompts(ids, None if mask is None else mask[row], [cell[row] for cell in cells]))
+            backend.run(Prompts(ids, None if mask is None else mask[row], [cell[row] for cell in cells], only))
             for row, ids in enumerate(base["input_ids"])
         ],
         dim=1,
     )
     for cell in states:
-        yield backend.logits(cell if positions is None else cell[:, list(positions)])
+        if positions is None:
+            yield backend.logits(cell)
+        else:
+            yield backend.logits(cell[:, list(positions)] if only is None else cell[:, None])
 
 
 def _as_list(sources: Any) -> list[Any]:
     return sources if isinstance(sources, list) else [sources]
 
 
-def _pyvene_model(config: Any, model: Any) -> Any:
-    """The real ``IntervenableModel``, which checks the config; it freezes the model's weights, which is undone."""
-    from pyvene import IntervenableModel
-
-    trainable = [parameter.requires_grad for parameter in model.parameters()]
-    try:
-        own = IntervenableModel(config, model)
-    finally:
-        for parameter, flag in zip(model.parameters(), trainable, strict=True):
-            parameter.requires_grad_(flag)
-    if own.mode != "parallel":
-        raise BackendError(f"mode={own.mode!r} is not served, only parallel: {_OTHERWISE}")
-    return own
-
-
-def _plan(own: Any, model: Any) -> list[Planned]:
-    sites = part_sites(model, "model")
-    group_of = {key: group for group, keys in enumerate(own._intervention_group.values()) for key in keys}
-    planned = []
-    for key in own.sorted_keys:
-        representation, intervention = own.representations[key], own.interventions[key]
-        if type(intervention).__name__ not in (*_CONSTANT, *_FROM_SOURCE):
-            raise BackendError(f"{key}: {type(intervention).__name__} is not served: {_OTHERWISE}")
-        if representation.unit != "pos" or intervention.subspace_partition is not None:
-            raise BackendError(f"{key}: only whole vectors at positions (unit='pos') are served: {_OTHERWISE}")
-        site, rank = _site(sites, representation, key)
-        planned.append(Planned(key, site, intervention, group_of[key], rank))
-    return planned
-
-
-def _site(sites: Sequence[Site], representation: Any, key: str) -> tuple[Site, int]:
-    """The site of a component; rank 1 for a block's input, which acts on the block before after its own output's."""
-    component, layer = str(representation.component), representation.layer
-    by_kind = {(site.kind, site.layer): site for site in sites}
-    if component == "block_input" and ("hidden", layer - 1) in by_kind:
-        return by_kind["hidden", layer - 1], 1
-    if component in _COMPONENTS and (_COMPONENTS[component], layer) in by_kind:
-        return by_kind[_COMPONENTS[component], layer], 0
-    if component.endswith(".output"):
-        path = re.sub(r"\[(\d+)\]", r".\1", component.removesuffix(".output"))
-        for site in sites:
-            if encoder_path(site.name.partition(".")[2]) == path:
-                return site, 0
-    raise BackendError(f"{key}: component {component!r} of layer {layer} is not served: {_OTHERWISE}")
-
-
-_CONSTANT = ("ZeroIntervention", "NoiseIntervention")
-_FROM_SOURCE = ("VanillaIntervention", "AdditionIntervention", "SubtractionIntervention")
-
-
-def _constant(intervention: Any) -> Tensor | None:
-    """Values ``[units, D]`` or ``[1, D]`` that an intervention brings along, ``None`` if they come from a source."""
-    name = type(intervention).__name__
-    if name == "ZeroIntervention":
-        return torch.zeros(1, 1)
-    if name == "NoiseIntervention":
-        noise: Tensor = (intervention.noise * intervention.noise_level)[0]
-        return noise
-    own: Tensor | None = intervention.source_representation
-    return None if own is None else own.reshape(-1, own.shape[-1])
-
-
-def _adds(intervention: Any) -> bool:
-    return type(intervention).__name__ in ("AdditionIntervention", "SubtractionIntervention", "NoiseIntervention")
-
-
-def _as_patches(planned: Planned, positions: Sequence[int], value: Tensor) -> list[Patch]:
-    """Patches that write or add ``value`` ``[units, D]``, or ``[1, D]`` for all units, at positions."""
-    name = type(planned.intervention).__name__
-    if name == "ZeroIntervention":
-        return [Patch(planned.site, positions, source=ZERO)]
-    if len(value) not in (1, len(positions)):
-        raise BackendError(
-            f"{planned.key}: {len(value)} values for {len(positions)} positions, expected as many; pyvene's noise has 4"
-        )
-    signed = -value if name == "SubtractionIntervention" else value
-    rows = signed.expand(len(positions), -1)
-
-    def source(row: Tensor) -> Source:
-        return Add(row) if _adds(planned.intervention) else row
-
-    return [Patch(planned.site, [position], source=source(row)) for position, row in zip(positions, rows, strict=True)]
-
-
-def _record(model: Any, source: Any, site: Site, cache: _Recorded) -> Tensor:
-    """A site's value ``[B, T, D]`` in a source's run; one forward records every site."""
+def _recorded(model: Any, source: Any, place: Place, row: int, cache: _Recorded) -> Tensor:
+    """Values ``[sites, positions, d]`` in one row of a source's run; one forward records every site."""
     if id(source) not in cache:
         values: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            return lambda module, args, output: values.__setitem__(name, first(output).clone())
+            return lambda value: values.__setitem__(name, value.clone())
 
-        with hooks([(each.module, keep(each.name)) for each in part_sites(model, "model")]):
+        every = [*part_sites(model, "model"), *head_sites(model, "model")]
+        with value_hooks([(site, keep(site.name)) for site in every]):
             model(**source)
         cache[id(source)] = source, values
-    return cache[id(source)][1][site.name]
+    own = [cache[id(source)][1][site.name][row] for site in place.sites]
+    return torch.stack(own if place.positions is None else [value[place.positions] for value in own])

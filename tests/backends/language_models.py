@@ -33,7 +33,8 @@ def language_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
         model = t.GPT2LMHeadModel(config)
     else:
         prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-        options = {**_ROTARY, "head_dim": 8} if family == "qwen3" else _ROTARY
+        # pyvene reads a head's width from the configuration, where Qwen2's own has none.
+        options = _ROTARY if family == "llama" else {**_ROTARY, "head_dim": 8}
         model = getattr(t, f"{prefix}ForCausalLM")(getattr(t, f"{prefix}Config")(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 import fasttrace as ft
 from fasttrace.errors import BackendError, SiteError
-from tests.backends.language_models import VOCABULARY, language_model
+from tests.backends.language_models import FAMILIES, VOCABULARY, language_model
 from tests.pipelines import tiny_pipeline
 
 nnsight = pytest.importorskip("nnsight", reason="needs the backends extra: pip install 'fasttrace[backends]'")
@@ -51,50 +53,105 @@ def test_a_sweep_over_envoys_is_the_study_over_their_sites(diffusion: Any) -> No
     assert effects.to_pandas()["restored"].tolist() == pytest.approx(expected["restored"].tolist())
 
 
-def check_restored(owner: Any, envoys: dict[str, Any], final: Any, base: torch.Tensor, other: torch.Tensor) -> None:
-    """Copy token 3 from another prompt at each Envoy, as patches and as nnsight traces, and compare final states."""
-    model, engine = owner
-    width = engine.get_input_embeddings().weight.shape[1]
-    runs = backend.patches(model, envoys.values(), positions=[3], source="other")
-    noise = torch.zeros(len(base), width)
-    trace = ft.trace_text(engine, base, runs, noise, base="clean", sources={"other": other})
-    for (name, envoy), restored in zip(envoys.items(), trace.restored, strict=True):
-        with model.trace(other[None]):
-            value = envoy.output.save()
-        value = (value[0] if isinstance(value, tuple) else value)[0, 3]
-        with model.trace(base[None]):
-            output = envoy.output
-            if isinstance(output, tuple):
-                output[0][0, 3] = value
-            else:
-                output[0, 3] = value
-            expected = final.output.save()
+def vector(width: int) -> torch.Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(width))
+
+
+# What is done to token 3 of a value, as the source of a patch and as a nnsight script would write it.
+INTERVENTIONS: dict[str, tuple[Callable[[int], Any], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+    "restore": (lambda width: "other", lambda own, other: other),
+    "zero": (lambda width: ft.ZERO, lambda own, other: torch.zeros_like(own)),
+    "replace": (vector, lambda own, other: vector(len(own))),
+    "add": (lambda width: ft.Add(vector(width)), lambda own, other: own + vector(len(own))),
+}
+
+
+class Traced:
+    """A model of nnsight over the one that the engine runs, two prompts, and the Envoys of some of its sites."""
+
+    def __init__(self, engine: Any, layers: Callable[[Any], Any], final: str, base: torch.Tensor, other: torch.Tensor):
+        self.engine, self.base, self.other = engine, base, other
+        self.model = nnsight.NNsight(engine)
+        self.final = self.model.get(final)
+        layers = layers(self.model)
+        attention = getattr(layers[2], "attn" if hasattr(engine, "transformer") else "self_attn")
+        names = ("c_proj", "o_proj", "out_proj")
+        self.projection = next(getattr(attention, name) for name in names if hasattr(attention._module, name))
+        self.envoys = {"layer 1": layers[1], "MLP 0": layers[0].mlp, "attention 2": attention}
+        self.head = backend.site_of(self.model, attention, head=1)
+
+    def check(self, patch: ft.Patch, edit: Callable[[], None]) -> None:
+        """The patched run and the edited trace end in the same states, and not in those of the base run."""
+        noise = torch.zeros(len(self.base), self.engine.get_input_embeddings().weight.shape[1])
+        sources = {"other": self.other}
+        trace = ft.trace_text(self.engine, self.base, [patch], noise, base="clean", sources=sources)
+        with self.model.trace(self.base[None]):
+            edit()
+            expected = self.final.output.save()
         scale = expected.abs().max().item()
-        torch.testing.assert_close(restored, expected[0], rtol=1e-5, atol=1e-5 * scale, msg=name)
-        assert (restored - trace.clean).abs().max() > 1e-3 * scale, name
+        torch.testing.assert_close(trace.restored, expected, rtol=1e-5, atol=1e-5 * scale)
+        assert (trace.restored - trace.clean).abs().max() > 1e-3 * scale, "the intervention must matter"
+
+    def value(self, envoy: Any) -> torch.Tensor:
+        """Token 3 of an Envoy's output on the other prompt."""
+        with self.model.trace(self.other[None]):
+            output = envoy.output.save()
+        return (output[0] if isinstance(output, tuple) else output)[0, 3].clone()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
-def test_envoys_of_a_language_model_restore_what_an_nnsight_trace_restores(family: str) -> None:
-    language = language_model(family, torch.float32)
-    model = nnsight.NNsight(language)
-    layers = model.transformer.h if family == "gpt2" else model.model.layers
-    attention = layers[2].attn if family == "gpt2" else layers[2].self_attn
-    final = model.transformer.ln_f if family == "gpt2" else model.model.norm
-    envoys = {"layer 1": layers[1], "MLP 0": layers[0].mlp, "attention 2": attention}
-    check_restored((model, language), envoys, final, IDS, IDS.flip(0))
-
-
-def test_envoys_of_the_packaged_text_encoder_restore_what_an_nnsight_trace_restores() -> None:
-    pipe = ft.load_pipeline("emoji")
-    model = nnsight.NNsight(pipe.text_encoder)
-    base, other = (
-        torch.tensor(pipe.tokenizer(text, padding="max_length").input_ids)
-        for text in ("a red penguin in noto style", "a green tractor in noto style")
+@functools.cache
+def traced(name: str) -> Traced:
+    if name == "the packaged text encoder":
+        pipe = ft.load_pipeline("emoji")
+        texts = ("a red penguin in noto style", "a green tractor in noto style")
+        base, other = (torch.tensor(pipe.tokenizer(text, padding="max_length").input_ids) for text in texts)
+        return Traced(pipe.text_encoder, lambda model: model.encoder.layers, "final_layer_norm", base, other)
+    layers, final = (
+        (lambda model: model.transformer.h, "transformer.ln_f")
+        if name == "gpt2"
+        else (lambda model: model.model.layers, "model.norm")
     )
-    layers = model.encoder.layers
-    envoys = {"layer 2": layers[2], "MLP 0": layers[0].mlp, "attention 1": layers[1].self_attn}
-    check_restored((model, pipe.text_encoder), envoys, model.final_layer_norm, base, other)
+    return Traced(language_model(name, torch.float32), layers, final, IDS, IDS.flip(0))
+
+
+MODELS = (*FAMILIES, "the packaged text encoder")
+
+
+@pytest.mark.parametrize("what", INTERVENTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patch_at_an_envoy_does_what_an_nnsight_trace_does(name: str, what: str) -> None:
+    setup, (source, new) = traced(name), INTERVENTIONS[what]
+    for envoy in setup.envoys.values():
+        other = setup.value(envoy)
+
+        def edit(envoy: Any = envoy, other: torch.Tensor = other) -> None:
+            hidden = envoy.output[0] if isinstance(envoy.output, tuple) else envoy.output
+            hidden[0, 3] = new(hidden[0, 3], other)
+
+        (patch,) = backend.patches(setup.model, [envoy], positions=[3], source=source(len(other)))
+        setup.check(patch, edit)
+
+
+@pytest.mark.parametrize("what", INTERVENTIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patch_of_a_head_does_what_an_nnsight_trace_does(name: str, what: str) -> None:
+    setup, (source, new) = traced(name), INTERVENTIONS[what]
+    channels = setup.head.channels
+    with setup.model.trace(setup.other[None]):
+        other = setup.projection.input[0, 3, channels].clone().save()
+
+    def edit() -> None:
+        hidden = setup.projection.input
+        hidden[0, 3, channels] = new(hidden[0, 3, channels], other)
+
+    setup.check(ft.Patch(setup.head, [3], source=source(len(other))), edit)
+
+
+def test_an_envoy_without_such_a_head_is_refused() -> None:
+    setup = traced("gpt2")
+    for envoy, head in ((setup.envoys["attention 2"], 99), (setup.envoys["MLP 0"], 0)):
+        with pytest.raises(SiteError, match="heads"):
+            backend.site_of(setup.model, envoy, head=head)
 
 
 def test_the_cost_of_a_trace_counts_calls_rows_and_flops() -> None:

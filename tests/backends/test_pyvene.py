@@ -27,6 +27,18 @@ def component(kind: str, layer: int, intervention: Any, **options: Any) -> dict[
     return {"layer": layer, "component": kind, "unit": "pos", "intervention_type": intervention, **options}
 
 
+def head(unit: str, intervention: Any) -> dict[str, Any]:
+    return {**component("head_attention_value_output", 1, intervention, max_number_of_units=1), "unit": unit}
+
+
+def heads_at(
+    heads: list[int], positions: list[int], base_heads: list[int] | None = None, base_positions: list[int] | None = None
+) -> dict[str, Any]:
+    """Heads and positions of the sources, and of the base if they are others."""
+    source = [[[heads] * BATCH, [positions] * BATCH]]
+    return {"sources->base": (source, [[[base_heads or heads] * BATCH, [base_positions or positions] * BATCH]])}
+
+
 BY_POSITION = {"sources->base": ([[[1], [2]], [[5], [5]]], [[[3], [2]], [[5], [6]]])}
 FOUR = {"base": [[[1, 2, 3, 4]] * BATCH]}
 
@@ -44,6 +56,30 @@ CASES: dict[str, tuple[list[dict[str, Any]], Any, Any]] = {
         2,
     ),
     "a block's input": ([component("block_input", 2, pv.VanillaIntervention)], {"sources->base": 3}, 1),
+    "the attention's result, before its projection": (
+        [component("attention_value_output", 1, pv.VanillaIntervention)],
+        {"sources->base": (2, 5)},
+        1,
+    ),
+    "addition there": ([component("attention_value_output", 2, pv.AdditionIntervention)], {"sources->base": 4}, 1),
+    "one head": ([head("h.pos", pv.VanillaIntervention)], heads_at([1], [4]), 1),
+    "other head, other position": ([head("h.pos", pv.VanillaIntervention)], heads_at([1], [4], [3], [6]), 1),
+    "several heads and positions": ([head("h.pos", pv.VanillaIntervention)], heads_at([0, 2], [3, 4, 5]), 1),
+    "a head at all positions": ([head("h", pv.VanillaIntervention)], {"sources->base": ([[[2]] * 2], [[[1]] * 2])}, 1),
+    "a head zeroed": ([head("h.pos", pv.ZeroIntervention)], {"base": heads_at([1], [4])["sources->base"][1]}, 0),
+    "a head zeroed at all positions": ([head("h", pv.ZeroIntervention)], {"base": [[[1]] * BATCH]}, 0),
+    "addition to a head": ([head("h.pos", pv.AdditionIntervention)], heads_at([1], [4]), 1),
+    "subtraction from heads": ([head("h", pv.SubtractionIntervention)], {"sources->base": ([[[2, 3]] * 2],) * 2}, 1),
+    "noise on heads": (
+        [head("h.pos", pv.NoiseIntervention)],
+        {"base": heads_at([1, 2], [1, 2, 3, 4])["sources->base"][1]},
+        0,
+    ),
+    "a head and a block": (
+        [head("h.pos", pv.VanillaIntervention), component("block_output", 2, pv.VanillaIntervention)],
+        {"sources->base": ([heads_at([1], [4])["sources->base"][0][0], [[5]] * BATCH],) * 2},
+        2,
+    ),
     "zero": ([component("attention_output", 1, pv.ZeroIntervention)], {"base": 4}, 0),
     "noise": ([component("block_output", 0, pv.NoiseIntervention)], FOUR, 0),
     "addition": ([component("mlp_output", 1, pv.AdditionIntervention)], {"sources->base": 4}, 1),
@@ -136,6 +172,24 @@ def test_a_config_as_patches_gives_the_same_states() -> None:
         backend.to_patches(config, {"sources->base": ([[[3]], [[5]]], [[[4]], [[5]]])}, model)
 
 
+@pytest.mark.parametrize("unit", ["h", "h.pos"])
+def test_heads_as_patches_give_the_same_states(unit: str) -> None:
+    model, base, source = language_model("llama", torch.float32), inputs(0), inputs(1)
+    config = pv.IntervenableConfig([head(unit, pv.VanillaIntervention)])
+    at = [[[1, 3]] * BATCH] if unit == "h" else heads_at([1, 3], [4])["sources->base"][0]
+    patches = backend.to_patches(config, {"sources->base": (at, at)}, model)
+    attention = "model.layers.1.self_attn"
+    assert [p.site for p in patches] == [f"{attention}.heads.1", f"{attention}.heads.3"]
+    trace = ft.trace_text(
+        model, base["input_ids"][0], [patches], torch.zeros(LENGTH, WIDTH), base="clean",
+        sources={"source0": source["input_ids"][0]},
+    )  # fmt: skip
+    with torch.no_grad():
+        _, expected = pv.IntervenableModel(config, model)(base, [source], {"sources->base": (at, at)})
+        found = model.lm_head(trace.restored[0])
+    torch.testing.assert_close(found, expected.logits[0], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompts_read_no_padding(side: str) -> None:
     model, base, source = language_model("llama", torch.float32), inputs(0), inputs(1)
@@ -169,7 +223,8 @@ REFUSED = {
     "first block's input": component("block_input", 0, pv.VanillaIntervention),
     "intervention": component("block_output", 1, pv.RotatedSpaceIntervention),
     "collect": component("block_output", 1, pv.CollectIntervention),
-    "unit": {**component("head_attention_value_output", 1, pv.VanillaIntervention), "unit": "h.pos"},
+    "query heads": {**component("head_query_output", 1, pv.VanillaIntervention), "unit": "h.pos"},
+    "heads by position only": component("head_attention_value_output", 1, pv.VanillaIntervention),
     "subspace": component("block_output", 1, pv.VanillaIntervention, subspace_partition=[[0, 4]]),
 }
 
