@@ -25,7 +25,7 @@ from fasttrace.edit.ridge import Prior, reference, ridge_right
 from fasttrace.edit.update import add_updates
 
 from . import record
-from .timing import interleaved
+from .timing import beside, interleaved
 
 RIDGE = 0.1
 CONCEPTS = {"van gogh": "painting", "cat": "dog", "eiffel tower": "bridge", "monet": "picasso"}
@@ -58,18 +58,11 @@ def cross_attention(pipe: Any, rounds: int) -> list[Row]:
             add_updates([matrix.weight for matrix in matrices], updates)
 
         timing = interleaved({"published": one_by_one, "fasttrace": shared}, rounds)
-        lowest, median, highest = timing["fasttrace"].ratio_to(timing["published"])
-        rows.append(
-            {
-                "what": f"cross-attention: solve and apply, {len(matrices)} matrices, rank {count}",
-                "rival": "one d x d system for each matrix, float32 inverse",
-                "median_s": round(timing["fasttrace"].median, 5),
-                "rival_median_s": round(timing["published"].median, 5),
-                "ratio": round(median, 1),
-                "ratio_lowest": round(lowest, 1),
-                "ratio_highest": round(highest, 1),
-            }
-        )
+        said = {
+            "what": f"cross-attention: solve and apply, {len(matrices)} matrices, rank {count}",
+            "rival": "one d x d system for each matrix, float32 inverse",
+        }
+        rows.append(beside(said, timing["fasttrace"], timing["published"]))
     return rows
 
 
@@ -103,14 +96,13 @@ def quickfix(pipe: Any, rounds: int) -> list[Row]:
             pass
 
     timing = interleaved({"published": whole_forward, "corrected": ours, "release": lambda: ours("release")}, rounds)
+    rival = "whole text forwards, d x d system, float32 inverse (one key)"
     return [
-        {
-            "what": f"Diff-QuickFix: text forward, fit, apply, revert, mode {mode}",
-            "rival": "whole text forwards, d x d system, float32 inverse (one key)",
-            "median_s": round(timing[mode].median, 5),
-            "rival_median_s": round(timing["published"].median, 5),
-            "ratio": round(timing[mode].ratio_to(timing["published"])[1], 1),
-        }
+        beside(
+            {"what": f"Diff-QuickFix: text forward, fit, apply, revert, mode {mode}", "rival": rival},
+            timing[mode],
+            timing["published"],
+        )
         for mode in ("corrected", "release")
     ]
 
@@ -141,22 +133,12 @@ def sweep(pipe: Any, rounds: int) -> list[Row]:
     states = interleaved(
         {"rows": lambda: edited_states(pipe, edits, prompt), "applied": one_by_one}, max(1, rounds // 2)
     )
-    return [
-        {
-            "what": f"{len(edits)} candidates (24 sites x {len(ridges)} ridges): fit",
-            "rival": "fit_edit for each",
-            "median_s": round(fitted["shared"].median, 5),
-            "rival_median_s": round(fitted["single"].median, 5),
-            "ratio": round(fitted["shared"].ratio_to(fitted["single"])[1], 1),
-        },
-        {
-            "what": f"{len(edits)} candidates: text states of one prompt",
-            "rival": "apply, encode, revert for each",
-            "median_s": round(states["rows"].median, 5),
-            "rival_median_s": round(states["applied"].median, 5),
-            "ratio": round(states["rows"].ratio_to(states["applied"])[1], 1),
-        },
-    ]
+    fit = {"what": f"{len(edits)} candidates (24 sites x {len(ridges)} ridges): fit", "rival": "fit_edit for each"}
+    read = {
+        "what": f"{len(edits)} candidates: text states of one prompt",
+        "rival": "apply, encode, revert for each",
+    }
+    return [beside(fit, fitted["shared"], fitted["single"]), beside(read, states["rows"], states["applied"])]
 
 
 def error(outputs: int = 768) -> list[Row]:

@@ -3,15 +3,16 @@
 python -m bench.bench_unet [free|forced|grid|hooks|compile|bf16|patches ...]
 
 The floor is the bare UNet (no runs, no patches, no scheduler) in channels-last at the batch that is best in the same
-process, times the forwards that the exact plan needs. Hooks run one (site, run) after another; they are timed on a few
-sites and scaled. The UNet is the packaged model's where it is there, else one of 11.2 M parameters.
+process, times the forwards that the exact plan needs. Hooks run a site after another, as the published batches of
+three, or all sites in one batch. Peak memory is beside the weights. The UNet is the packaged model's where it is there,
+else one of 11.2 M parameters.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ import fasttrace as ft
 from fasttrace.engine.unet import UNetPlanSummary, UNetRequest, plan_summary, run_request, unet_request
 
 from . import record
-from .timing import interleaved
+from .rivals import hooked_batch
+from .timing import Timing, beside, first_calls, interleaved
 
 STEPS, TOKENS, ROUNDS = 20, 20, 3
 BATCHES = (32, 43, 64)
@@ -91,6 +93,8 @@ class Bench:
             "median_s": round(times["trace"].median, 3),
             "bare_ms_row": round(1e3 * sample[best], 2),
             "bare_batch": best,
+            "peak_mib": times["trace"].peak_mib,
+            "bare_peak_mib": times[f"bare {best}"].peak_mib,
             **_counts(plan),
         }
 
@@ -136,26 +140,46 @@ def patches(bench: Bench) -> dict[str, Any]:
             "ratio": round(row["patched"] / row["unpatched"], 3)}  # fmt: skip
 
 
-def hooks(bench: Bench, sample: int = 2) -> dict[str, Any]:
-    """Plain hooks, one run at a time, timed on a few sites and scaled to all; clean and corrupted once, or anew."""
-    steps = [ft.Patch(site, steps=None) for site in bench.sites]
-    few = bench.request(steps[:sample])
-    none = bench.request([])
-    every = bench.request(steps)
-    times = interleaved(
-        {
-            "few": lambda: run_request(few, "oracle"),
-            "none": lambda: run_request(none, "oracle"),
-            "trace": lambda: run_request(every),
-        },
-        1,
-        0,
+def hooks(bench: Bench, sample: int = 4) -> list[dict[str, Any]]:
+    """Three ways of plain hooks, from the same latents, equal before they are timed; two are sampled and scaled."""
+    every = bench.request(ft.Patch(site) for site in bench.sites)
+    count, modules = len(bench.sites), {site.name: site for site in ft.discover_sites(bench.pipe)}
+    spread = range(0, count, -(-count // sample))
+    few = [bench.sites[place] for place in spread]
+    some, none = bench.request(ft.Patch(site) for site in few), bench.request([])
+
+    def pipeline_call(names: Sequence[str]) -> Tensor:
+        chosen = [modules[name] for name in names]
+        options = {"num_inference_steps": STEPS, "guidance_scale": 7.5}
+        return hooked_batch(bench.pipe, bench.texts, every.latents, chosen, **options)[2:]
+
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: run_request(every).restored,
+        "clean and corrupted": lambda: run_request(none, "oracle"),
+        "and some": lambda: run_request(some, "oracle").restored,
+        "threes": lambda: torch.cat([pipeline_call([name]) for name in few]),
+        "one batch": lambda: pipeline_call(bench.sites),
+    }
+    results, peaks = first_calls(runs)
+    ours, differences = results["ours"], {}
+    for name, expected in (("and some", ours[spread]), ("threes", ours[spread]), ("one batch", ours)):
+        differences[name] = float((results[name] - expected).norm() / expected.norm())
+        assert differences[name] < 1e-3, f"{name} differs by {differences[name]:.1e}"
+    times = interleaved(runs, ROUNDS, peaks=peaks)
+    both = zip(times["clean and corrupted"].seconds, times["and some"].seconds, strict=True)
+    scaled = Timing(tuple(a + (b - a) * count / len(few) for a, b in both), peaks["and some"])
+    what = f"sweep of {count} sites, {STEPS} steps, {bench.name}"
+    taken = f"{len(few)} of {count} sites"
+    rivals = (
+        ("and some", "one hooked run a site, clean and corrupted once", taken, scaled, 1.0),
+        ("threes", "clean, corrupted and restored as a batch, a site", taken, times["threes"], count / len(few)),
+        ("one batch", "hooks batched: all sites in one batch, one hook a site", "all", times["one batch"], 1.0),
     )
-    one = (times["few"].median - times["none"].median) / sample
-    pair, count = times["none"].median, len(steps)
-    return {"part": "free against hooks", "model": bench.name, "median_s": round(times["trace"].median, 3),
-            "over_hooks_once": round((pair + count * one) / times["trace"].median, 2),
-            "over_three_runs": round(count * (pair + one) / times["trace"].median, 2)}  # fmt: skip
+    return [
+        beside({"what": what, "rival": rival, "timed": timed}, times["ours"], timing, scale)
+        | {"relative_difference": f"{differences[name]:.1e}"}
+        for name, rival, timed, timing, scale in rivals
+    ]
 
 
 def compiled(bench: Bench) -> dict[str, Any]:
@@ -178,9 +202,10 @@ def main(parts: list[str]) -> None:
         raise SystemExit(f"unknown part {unknown[0]!r}: expected some of {', '.join(PARTS)}")
     bench = Bench()
     for part in parts or PARTS:
-        row = RUN[part](bench)
-        print(row, flush=True)
-        record.append("unet", [row])
+        found = RUN[part](bench)
+        rows = found if isinstance(found, list) else [found]
+        print(*rows, sep="\n", flush=True)
+        record.append("unet", rows)
 
 
 if __name__ == "__main__":
