@@ -17,7 +17,7 @@ from typing import Any
 
 import fasttrace as ft
 from fasttrace.edit import Edit, fit_edit
-from fasttrace.edit.cases import emoji_attribute, emoji_cases
+from fasttrace.edit.cases import emoji_attribute, emoji_captions, emoji_cases
 from fasttrace.edit.judge import AttributeReader, judge
 from fasttrace.zoo import emoji
 from fasttrace.zoo.emoji.data import ATTRIBUTES
@@ -47,10 +47,12 @@ def candidates(pipe: Any, old: str, new: str) -> Iterator[tuple[str, Edit]]:
     for method in ("time", "uce", "locoedit", "rece"):
         yield method, fit_edit(pipe, concept, SENTENCES, method=method, preserve=others)
     vocabulary = [value for values in ATTRIBUTES.values() for value in values if value != old]
-    for ridge in (0.01, 0.1, 1.0):
-        edit = fit_edit(pipe, concept, SENTENCES, preserve=vocabulary, ridge=ridge)
-        yield f"quickfix, all words preserved, ridge {ridge:g}", edit
-    yield "uce, all words preserved", fit_edit(pipe, concept, SENTENCES, method="uce", preserve=vocabulary)
+    for method in ("quickfix", "uce"):
+        yield f"{method}, all words preserved", fit_edit(pipe, concept, SENTENCES, method=method, preserve=vocabulary)
+        yield (
+            f"{method}, captions preserved",
+            fit_edit(pipe, concept, SENTENCES, method=method, captions=emoji_captions()),
+        )
 
 
 def traced_effects(pipe: Any, old: str) -> dict[str, float]:

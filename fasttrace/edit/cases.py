@@ -50,6 +50,19 @@ def emoji_attribute(old: str, new: str) -> str:
     raise EditError(f"{old!r} and {new!r} are not values of one attribute of the packaged model ({listed})")
 
 
+def emoji_captions(number: int = 600, seed: int = 0) -> list[str]:
+    """Captions of the packaged model's training scenes, for ``fit_edit(captions=...)``.
+
+    Args:
+        number: how many.
+        seed: of the draw.
+    """
+    from ..zoo.emoji.data import random_caption, training_scenes
+
+    rng = random.Random(seed)
+    return [random_caption(scene, rng).text for scene in rng.sample(training_scenes(), number)]
+
+
 def emoji_cases(old: str, new: str, number: int = 8, seed: int = 0) -> list[Case]:
     """Cases drawn from the packaged model's captions.
 

@@ -26,6 +26,15 @@ def edit_command(
     preserve: Annotated[
         list[str] | None, typer.Option(help="Words that keep their meaning" + _MANY, show_default=False)
     ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts that keep their meaning, one a line; a few hundred. The packaged model has its own.",
+            show_default=False,
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(help="quickfix: one text projection; memit: several; time, uce, locoedit, rece: cross-attention."),
@@ -77,12 +86,18 @@ def edit_command(
     from ..cli_study import numbers
     from ..pipeline import load_pipeline
     from . import fit_edit
+    from .cases import emoji_captions
     from .export import export_lora
     from .grid import save_grid
     from .judge import judge as judge_edit
 
     console = Console(width=110)
     concepts = dict(_split(entry) for entry in concept)
+    packaged = model == "emoji"
+    if captions is not None:
+        kept = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        kept = emoji_captions() if packaged and mode == "corrected" else []
     pipe = load_pipeline(model, device=device)
     edit = fit_edit(
         pipe,
@@ -94,12 +109,12 @@ def edit_command(
         site=site,
         positions=positions,  # type: ignore[arg-type]
         preserve=preserve or (),
+        captions=kept,
     )
     edit.save(out)
     console.print(_describe(edit))
     if lora:
         console.print(f"LoRA: {export_lora(edit, out)}")
-    packaged = model == "emoji"
     if not packaged and judge is None:
         console.print(
             f"Saved in {out}. To see what it does to pictures, name a CLIP: --judge openai/clip-vit-base-patch32"
@@ -166,7 +181,7 @@ def _describe(edit: Edit) -> str:
     where = recipe.matrices[0] if len(recipe.matrices) == 1 else f"{len(recipe.matrices)} matrices"
     return (
         f"{recipe.method} ({recipe.mode}), ridge {recipe.ridge:g}: rank {edit.rank} in {where}, "
-        f"{edit.parameters:,} weights"
+        f"{edit.parameters:,} weights; held back by {len(recipe.captions)} captions"
     )
 
 

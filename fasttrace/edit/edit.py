@@ -34,6 +34,7 @@ class Recipe:
         matrices: names of the edited matrices.
         pairs: old and new sentences.
         preserve: sentences whose subjects were to keep their values.
+        captions: whole prompts of which every token was to keep its value.
         has_gram: whether a Gram matrix of keys to preserve was given; it is not stored.
     """
 
@@ -44,6 +45,7 @@ class Recipe:
     matrices: tuple[str, ...]
     pairs: tuple[Pair, ...]
     preserve: tuple[Prompt, ...] = ()
+    captions: tuple[str, ...] = ()
     has_gram: bool = False
 
 
@@ -165,7 +167,8 @@ def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 def _recipe_from_json(table: dict[str, Any]) -> Recipe:
     pairs = tuple(Pair(_prompt_from_json(pair["old"]), _prompt_from_json(pair["new"])) for pair in table["pairs"])
     preserve = tuple(_prompt_from_json(prompt) for prompt in table["preserve"])
-    return Recipe(**table | {"matrices": tuple(table["matrices"]), "pairs": pairs, "preserve": preserve})
+    lists = {name: tuple(table[name]) for name in ("matrices", "captions")}
+    return Recipe(**table | lists | {"pairs": pairs, "preserve": preserve})
 
 
 def _prompt_to_json(prompt: Prompt) -> dict[str, Any]:

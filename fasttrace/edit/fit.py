@@ -12,9 +12,10 @@ from ..errors import EditError
 from ..prompts import Prompt
 from ..sites import TEXT_PARTS, Site, discover_sites
 from .auto_site import strongest_text_site
-from .concepts import POSITIONS, RELEASE_TEMPLATES, Concepts, Positions, checked, pairs_of, preserved
+from .concepts import POSITIONS, RELEASE_TEMPLATES, Concepts, Pair, Positions, checked, pairs_of, preserved
 from .cross_attention import fit_cross_attention
 from .edit import Edit, Recipe, new_edit
+from .keys import key_gram
 from .matrices import Matrix, select_matrices
 from .quickfix import fit_quickfix
 from .rece import fit_rece
@@ -23,6 +24,7 @@ from .spread import fit_spread
 from .update import Update
 
 MODES = ("corrected", "release")
+CAPTION_WEIGHT = 0.01  # of a token of a caption to preserve, beside an edited token's 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def fit_edit(
     site: str | Site | Iterable[str | Site] | None = None,
     positions: Positions | None = None,
     preserve: Iterable[str | Prompt] = (),
+    captions: Sequence[str] = (),
     gram: Tensor | Mapping[str, Tensor] | None = None,
     effects: Any = None,
 ) -> Edit:
@@ -85,6 +88,9 @@ def fit_edit(
             the lower half of the layers (memit); all cross-attention.
         positions: ``"subject_last"``, ``"subject_last_to_end"`` or ``"aligned"``, if not the method's own.
         preserve: words, or Prompts, whose subjects keep their values exactly as far as ``λ`` allows.
+        captions: whole prompts whose every token holds the edit back, with ``CAPTION_WEIGHT`` of an edited token's
+            weight; those that name an old subject are left out. A few hundred keep what the model makes of other
+            prompts far better than words in ``preserve`` do, for an edited matrix reads every token.
         gram: ``C [d, d]``, the sum of ``k kᵀ`` over keys to preserve (`fasttrace.edit.key_gram`); for several matrices
             with different keys, one by name of the matrix.
         effects: of a text trace, for ``site="auto"``.
@@ -118,6 +124,7 @@ def fit_edit(
         matrices=tuple(matrix.name for matrix in matrices),
         pairs=tuple(pairs),
         preserve=tuple(kept),
+        captions=_free_of_subjects(captions, pairs),
         has_gram=gram is not None,
     )
     return fit_recipe(pipe, recipe, gram)
@@ -147,9 +154,11 @@ def combine(pipe: Any, edits: Sequence[Edit], gram: Tensor | Mapping[str, Tensor
                 )
     if first.has_gram and gram is None:
         raise EditError("these edits were fitted with a gram matrix, which is not stored: give it again as gram=")
+    pairs = checked([pair for edit in edits for pair in edit.recipe.pairs])
     merged = {
-        "pairs": tuple(checked([pair for edit in edits for pair in edit.recipe.pairs])),
+        "pairs": tuple(pairs),
         "preserve": tuple(dict.fromkeys(prompt for edit in edits for prompt in edit.recipe.preserve)),
+        "captions": _free_of_subjects([caption for edit in edits for caption in edit.recipe.captions], pairs),
     }
     return fit_recipe(pipe, Recipe(**{**vars(first), **merged}), gram)
 
@@ -167,22 +176,44 @@ def _fit(pipe: Any, matrices: list[Matrix], recipe: Recipe, gram: Any) -> list[U
         if isinstance(gram, Mapping):
             raise EditError("cross-attention's matrices share their keys: expected one gram matrix, not a mapping")
         fit = fit_rece if recipe.method == "rece" else fit_cross_attention
-        return fit(pipe, pairs, preserve, matrices, Prior(recipe.ridge, gram), positions)
-    priors = _priors(matrices, recipe.ridge, gram)
+        total = _with_captions(pipe, matrices[0], recipe.captions, gram)
+        return fit(pipe, pairs, preserve, matrices, Prior(recipe.ridge, total), positions)
+    grams = _grams(matrices, gram)
+    priors = {
+        matrix.name: Prior(recipe.ridge, _with_captions(pipe, matrix, recipe.captions, grams.get(matrix.name)))
+        for matrix in matrices
+    }
     if recipe.method == "memit":
         return fit_spread(pipe, pairs, preserve, matrices, priors, positions)
     return fit_quickfix(pipe, pairs, preserve, matrices, priors, positions, with_bias=recipe.mode == "release")
 
 
-def _priors(matrices: Sequence[Matrix], ridge: float, gram: Any) -> dict[str, Prior]:
+def _free_of_subjects(captions: Sequence[str], pairs: Sequence[Pair]) -> tuple[str, ...]:
+    """The captions, each once, that name nothing that is edited: holding those would undo the edit."""
+    if isinstance(captions, str):
+        raise EditError(f"captions={captions!r}: expected a list of prompts")
+    subjects = {pair.old.subject.lower() for pair in pairs if pair.old.subject}
+    return tuple(text for text in dict.fromkeys(captions) if not any(word in text.lower() for word in subjects))
+
+
+def _with_captions(pipe: Any, matrix: Matrix, captions: Sequence[str], gram: Tensor | None) -> Tensor | None:
+    """``C``: what was given, and the captions' keys."""
+    if not captions:
+        return gram
+    keys = CAPTION_WEIGHT * key_gram(pipe, captions, matrix.name)
+    return keys if gram is None else keys + gram.to(keys)
+
+
+def _grams(matrices: Sequence[Matrix], gram: Any) -> Mapping[str, Tensor]:
+    """``C`` by name of the matrix, where one was given."""
     if isinstance(gram, Mapping):
         unknown = sorted(set(gram) - {matrix.name for matrix in matrices})
         if unknown:
             raise EditError(f"gram has the name {unknown[0]!r}, which is not among the edited matrices")
-        return {matrix.name: Prior(ridge, gram.get(matrix.name)) for matrix in matrices}
+        return gram
     if gram is not None and len(matrices) > 1:
         raise EditError(f"{len(matrices)} text matrices have different keys: give gram as {{name of the matrix: C}}")
-    return {matrix.name: Prior(ridge, gram) for matrix in matrices}
+    return {} if gram is None else {matrices[0].name: gram}
 
 
 def _method(name: str) -> Method:

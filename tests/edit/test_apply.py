@@ -105,7 +105,7 @@ def test_version_counters_move_at_both_ends(tiny_sd15: Any) -> None:
 def test_save_and_load(tiny: Any, tmp_path: Path, method: str) -> None:
     pair = (ft.Prompt("a cat and a cat", "cat", span=(12, 15)), ft.Prompt("a cat and a dog", "dog"))
     concepts = CONCEPT if method in ("uce", "time") else [pair]
-    edit = ft.fit_edit(tiny, concepts, method=method, preserve=["monet"])
+    edit = ft.fit_edit(tiny, concepts, method=method, preserve=["monet"], captions=["a red apple"])
     loaded = ft.load_edit(edit.save(tmp_path / "edit"))
     assert loaded.recipe == edit.recipe
     for mine, theirs in zip(edit.updates, loaded.updates, strict=True):
@@ -171,6 +171,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"method": "esd"}, EditError, "expected one of quickfix"),
     ({"positions": "all"}, EditError, "expected one of subject_last"),
     ({"preserve": "cat"}, EditError, "list of words"),
+    ({"captions": "a cat"}, EditError, "list of prompts"),
     ({"site": "text_encoder.encoder.layers.9.mlp"}, SiteError, "nearest"),
     ({"site": "text_encoder.encoder.layers.0"}, EditError, "no weight"),
     ({"site": "unet.mid_block.resnets.0"}, EditError, "no weight"),

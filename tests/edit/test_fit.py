@@ -11,6 +11,7 @@ from torch import Tensor
 import fasttrace as ft
 from fasttrace.edit import METHODS, combine, key_gram, list_matrices, select_matrices
 from fasttrace.edit.concepts import RELEASE_TEMPLATES
+from fasttrace.edit.fit import CAPTION_WEIGHT
 from fasttrace.edit.keys import text_states
 from fasttrace.edit.rece import adversarial_states, weight_gram
 from fasttrace.edit.ridge import reference
@@ -177,6 +178,39 @@ def test_preserved_words_keep_their_value_and_gram_equals_pairs(tiny_sd15: Any) 
     by_gram = ft.fit_edit(tiny_sd15, CONCEPT, site=FIRST, gram=torch.outer(key, key))
     assert moved(kept) < 0.1 * moved(plain)
     torch.testing.assert_close(edited(kept, tiny_sd15, FIRST), edited(by_gram, tiny_sd15, FIRST))
+
+
+CAPTIONS = ["a red apple", "two horses on sand", "Van Gogh by a river", "a red apple"]
+
+
+@pytest.mark.parametrize("method", ["quickfix", "memit", "time", "uce", "rece"])
+def test_captions_are_a_gram_matrix_of_their_keys(tiny: Any, method: str) -> None:
+    by_captions = ft.fit_edit(tiny, CONCEPT, method=method, captions=CAPTIONS)
+    named = by_captions.recipe.matrices
+    grams = {name: CAPTION_WEIGHT * key_gram(tiny, CAPTIONS[:2], name) for name in named}
+    shared = METHODS[method].part == "cross_attn"
+    by_gram = ft.fit_edit(tiny, CONCEPT, method=method, gram=grams[named[0]] if shared else grams)
+    assert by_captions.recipe.captions == ("a red apple", "two horses on sand")
+    for name in named:
+        torch.testing.assert_close(edited(by_captions, tiny, name), edited(by_gram, tiny, name))
+    plain = ft.fit_edit(tiny, CONCEPT, method=method)
+    assert not torch.allclose(edited(plain, tiny, named[0]), edited(by_gram, tiny, named[0]), atol=1e-6)
+
+
+def test_captions_add_to_a_gram_matrix(tiny: Any) -> None:
+    name = f"{FIRST}.out_proj"
+    given = key_gram(tiny, ["a green door"], name)
+    both = ft.fit_edit(tiny, CONCEPT, site=FIRST, captions=CAPTIONS[:2], gram=given)
+    summed = given + CAPTION_WEIGHT * key_gram(tiny, CAPTIONS[:2], name)
+    torch.testing.assert_close(
+        edited(both, tiny, name), edited(ft.fit_edit(tiny, CONCEPT, site=FIRST, gram=summed), tiny, name)
+    )
+
+
+def test_combined_edits_keep_captions_that_name_none_of_their_subjects(tiny: Any) -> None:
+    one = ft.fit_edit(tiny, CONCEPT, captions=[*CAPTIONS, "a cat"])
+    two = ft.fit_edit(tiny, {"cat": "dog"}, captions=["a house"])
+    assert combine(tiny, [one, two]).recipe.captions == ("a red apple", "two horses on sand", "a house")
 
 
 def test_key_gram_sums_over_all_tokens(tiny: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fasttrace as ft
-from fasttrace.edit.cases import emoji_attribute, emoji_cases, worded_cases
+from fasttrace.edit.cases import emoji_attribute, emoji_captions, emoji_cases, worded_cases
 from fasttrace.edit.grid import save_grid
 from fasttrace.edit.judge import AttributeReader, Case, ScoreReader, judge, pictures
 from fasttrace.errors import EditError
@@ -113,6 +113,12 @@ def test_pictures_do_not_depend_on_the_batch(tiny: Any) -> None:
     texts, seeds = [case.text for case in CASES], [1, 2, 3, 4]
     together = pictures(tiny, texts, seeds, 2, 3.0)
     torch.testing.assert_close(together, pictures(tiny, texts, seeds, 2, 3.0, max_batch=3), rtol=1e-3, atol=1e-4)
+
+
+def test_emoji_captions() -> None:
+    captions = emoji_captions(50, seed=3)
+    assert len(captions) == 50
+    assert emoji_captions(50, seed=3) == captions != emoji_captions(50, seed=4)
 
 
 def test_emoji_cases() -> None:
