@@ -108,15 +108,21 @@ def find_site(pipe: Any, name: str) -> Site:
     Raises:
         SiteError: no such site; the message has the nearest names.
     """
-    sites = discover_sites(pipe)
-    by_name = {site.name: site for site in sites}
-    if name in by_name:
-        return by_name[name]
-    by_name |= {block.name: block for block in unet_blocks(pipe)}
-    by_name |= {head.name: head for part, module in _parts(pipe) if part != "unet" for head in head_sites(module, part)}
-    if name in by_name:
-        return by_name[name]
-    raise SiteError(_unknown(name, list(by_name)))
+    return find_sites(pipe, [name])[name]
+
+
+def find_sites(pipe: Any, names: Iterable[str]) -> dict[str, Site]:
+    """Several sites by name, as `find_site`, from one look at the pipeline's modules."""
+    wanted = list(dict.fromkeys(names))
+    known = {site.name: site for site in discover_sites(pipe)}
+    if not known.keys() >= set(wanted):
+        known |= {block.name: block for block in unet_blocks(pipe)}
+        texts = (head_sites(module, part) for part, module in _parts(pipe) if part != "unet")
+        known |= {head.name: head for heads in texts for head in heads}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SiteError(_unknown(unknown[0], list(known)))
+    return {name: known[name] for name in wanted}
 
 
 def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[Site]:

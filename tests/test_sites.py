@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fasttrace as ft
+from fasttrace import sites
 from fasttrace.errors import ModelError, SiteError
 
 UNET_COUNTS = {
@@ -114,3 +115,19 @@ def test_the_older_layout_of_clip_gives_the_same_names(tiny_sdxl: Any) -> None:
 def test_a_pipeline_without_known_modules_is_refused() -> None:
     with pytest.raises(ModelError, match="UNet2DConditionModel"):
         ft.discover_sites(SimpleNamespace(unet=torch.nn.Linear(2, 2)))
+
+
+def test_several_sites_are_found_in_one_look(tiny_sd15: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "unet.mid_block.resnets.0",
+        "unet.mid_block.attentions.0",
+        "text_encoder.encoder.layers.1.self_attn.heads.1",
+    ]
+    expected = {name: ft.find_site(tiny_sd15, name) for name in names}
+    looks = []
+    discover = sites.discover_sites
+    monkeypatch.setattr(sites, "discover_sites", lambda pipe: looks.append(1) or discover(pipe))
+    assert sites.find_sites(tiny_sd15, names * 2) == expected
+    assert len(looks) == 1
+    with pytest.raises(SiteError, match=names[0]):
+        sites.find_sites(tiny_sd15, [names[1], "unet.mid_block.resnet.0"])

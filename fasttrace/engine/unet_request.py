@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, PatchError
 from ..patch import Patch, PatchSet, as_runs
 from ..pipeline import Condition, check_traceable, default_time_ids, encode_negative, latent_shape, needs_added
-from ..sites import Site, find_site
+from ..sites import Site, find_sites
 from .trajectory import new_scheduler
 
 PROTOCOLS = ("free", "teacher_forced")
@@ -131,10 +131,8 @@ def unet_request(
         raise PatchError(
             f"base={base!r}: expected one of {', '.join(conditions)}, or one such name for each of the {len(runs)} runs"
         )
-    sites: dict[str, Site] = {}
+    sites = find_sites(pipe, (patch.site for run in runs for patch in run))
     for patch in (patch for run in runs for patch in run):
-        if patch.site not in sites:
-            sites[patch.site] = find_site(pipe, patch.site)
         site = sites[patch.site]
         if site.part != "unet":
             raise PatchError(f"{patch.site} is a site of {site.part}: trace it with trace_text, or with a Study")
