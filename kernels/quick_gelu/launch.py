@@ -1,9 +1,6 @@
 """Configs and launcher of ``quick_gelu``."""
 
-import torch
-import triton
-
-from ..configs import ARCHS, arch_of, compile_case, config, require_adjacent_channels
+from ..way_up import launch_way_up, way_up_cases
 from .kernel import quick_gelu_kernel
 
 # Tile and pipeline by (architecture, size class).
@@ -13,14 +10,6 @@ CONFIGS = {
     (80, "fp32"): {"BM": 32, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
     (90, "many"): {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
 }
-FEW_POSITIONS = 1024
-
-
-def size_class(positions, dtype):
-    """Which config a call takes: ``positions`` is B * P."""
-    if dtype == torch.float32:
-        return "fp32"
-    return "few" if positions < FEW_POSITIONS else "many"
 
 
 def quick_gelu(x, weight, bias, source=None, *, out=None, tile=None):
@@ -31,29 +20,7 @@ def quick_gelu(x, weight, bias, source=None, *, out=None, tile=None):
     Raises:
         ValueError: ``x`` whose channels are not adjacent in memory.
     """
-    require_adjacent_channels(x=x)
-    rows, positions, width = x.shape
-    channels = weight.shape[0]
-    if out is None:
-        out = torch.empty((rows, positions, channels), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    tile = tile or config(CONFIGS, arch_of(x), size_class(rows * positions, x.dtype))
-    quick_gelu_kernel[(triton.cdiv(rows * positions, tile["BM"]) * triton.cdiv(channels, tile["BN"]),)](
-        x,
-        weight.contiguous(),
-        bias,
-        source,
-        out,
-        rows,
-        positions,
-        *x.stride()[:2],
-        *((0, 0) if source is None else source.stride()),
-        F=channels,
-        K=width,
-        **tile,
-    )
-    return out
+    return launch_way_up(quick_gelu_kernel, CONFIGS, weight.shape[0], x, weight, bias, source, out, tile)
 
 
 # Name, size class, F, K, dtype, whether a source map is given.
@@ -67,18 +34,4 @@ TRUE_SHAPES = (
 
 def compile_cases():
     """Every config at the width of CLIP-L, the only text encoder of the family with this activation."""
-    cases = []
-    for arch in ARCHS:
-        for name, key, channels, width, dtype, mapped in TRUE_SHAPES:
-            arguments = {
-                **dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}:16"),
-                **({"source": "*i32:16"} if mapped else {}),
-                **dict.fromkeys(("B", "P", "s_src_b", "s_src_p"), "i32"),
-                **dict.fromkeys(("s_x_b", "s_x_p"), "i32:16"),
-            }
-            constants = {"F": channels, "K": width, **({} if mapped else {"source": None})}
-            tile, label = config(CONFIGS, arch, key), f"{name}_{key}_{dtype}"
-            cases.append(
-                compile_case(quick_gelu_kernel, label, tile, arch, arguments, constants, has_dot=dtype != "fp32")
-            )
-    return cases
+    return way_up_cases(quick_gelu_kernel, CONFIGS, TRUE_SHAPES)
