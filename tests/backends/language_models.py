@@ -1,4 +1,4 @@
-"""Random tiny models of each family, and a tokenizer that needs no download."""
+"""Random tiny models of each family, one that is trained, and a tokenizer that needs no download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from tests.backends.trained import train
+
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+MODELS = (*FAMILIES, "trained gpt2")
 VOCABULARY = 300
 WORDS = ("the", "eiffel", "tower", "stands", "in", "a", "city", "called", "paris", "rome", "space", "needle")
 
@@ -27,6 +30,8 @@ def language_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
     """A seeded model whose weights are large enough for patches to matter; shared, so leave it as it is."""
     import transformers as t
 
+    if family == "trained gpt2":
+        return _trained().to(dtype)
     torch.manual_seed(sum(map(ord, family)))
     if family == "gpt2":
         config = t.GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4)
@@ -43,6 +48,18 @@ def language_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def _trained() -> Any:
+    import transformers as t
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = t.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4, initializer_range=0.15,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        )  # fmt: skip
+        return train(t.GPT2LMHeadModel(config)).eval().requires_grad_(False)
 
 
 class SpaceTokenizer:

@@ -14,7 +14,7 @@ from tests.backends.language_models import VOCABULARY, language_model
 pv = pytest.importorskip("pyvene", reason="needs the backends extra: pip install 'fasttrace[backends]'")
 backend = pytest.importorskip("fasttrace.backends.pyvene")
 
-FAMILIES = ("gpt2", "llama", "qwen2")
+FAMILIES = ("gpt2", "llama", "qwen2", "trained gpt2")
 BATCH, LENGTH, WIDTH = 2, 8, 32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,16 +12,15 @@ import torch
 
 from fasttrace.backends import rome
 from fasttrace.errors import BackendError, SiteError
-from tests.backends.language_models import FAMILIES, VOCABULARY, SpaceTokenizer, language_model
+from tests.backends import trained
+from tests.backends.language_models import MODELS, VOCABULARY, SpaceTokenizer, language_model
 from tests.backends.rome_reference import trace_one_cell
-
-LAYER = {"gpt2": "transformer.h.{}{}"}
-KINDS = {"gpt2": {"attn": ".attn", "mlp": ".mlp", None: ""}}
-OTHER_KINDS = {"attn": ".self_attn", "mlp": ".mlp", None: ""}
 
 
 def layer_name(family: str, layer: int, kind: str | None) -> str:
-    return LAYER.get(family, "model.layers.{}{}").format(layer, KINDS.get(family, OTHER_KINDS)[kind])
+    if family.endswith("gpt2"):
+        return f"transformer.h.{layer}" + {"attn": ".attn", "mlp": ".mlp", None: ""}[kind]
+    return f"model.layers.{layer}" + {"attn": ".self_attn", "mlp": ".mlp", None: ""}[kind]
 
 
 def reference(family: str, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -31,19 +31,78 @@ def prompt(length: int = 9) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"uniform_noise": True, "noise": 0.6}, {"replace": True, "noise": 1.0}])
-def test_every_cell_of_a_sweep_equals_one_hooked_forward(family: str, options: dict) -> None:
+CORRUPTIONS: dict[str, dict[str, Any]] = {
+    "normal": {"noise": 0.4},
+    "uniform": {"uniform_noise": True, "noise": 0.6},
+    "replacing": {"replace": True, "noise": 1.0},
+    "of one's own": {"noise": lambda draws: draws.cumsum(-1) / 9},
+}
+
+
+def restored(family: str) -> dict[str, list[list[tuple[int, str]]]]:
+    """What ROME restores, by name: cells of a sweep."""
+    layers, tokens = range(3), range(9)
+    name = functools.partial(layer_name, family)
+    return {
+        "nothing": [[]],
+        "hidden": [[(token, name(layer, None))] for token in tokens for layer in layers],
+        "mlp": [[(token, name(layer, "mlp"))] for token in tokens for layer in layers],
+        "attn": [[(token, name(layer, "attn"))] for token in tokens for layer in layers],
+        "window": [[(token, name(layer, "mlp")) for layer in (0, 1)] for token in tokens],
+        "mixed": [
+            [(1, name(0, "mlp")), (5, name(2, "attn")), (5, name(1, None))],
+            [(8, name(0, "attn")), (2, name(0, None))],
+        ],
+    }
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("what", restored("gpt2"))
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_every_cell_of_a_sweep_equals_one_hooked_forward(family: str, what: str, corruption: str) -> None:
     ids, span, answers = prompt(), (2, 4), torch.tensor([[5, 7], [11, 3]])
-    cells = [[(token, layer_name(family, layer, None))] for token in range(9) for layer in range(3)]
-    cells += [
-        [(1, layer_name(family, 0, "mlp")), (5, layer_name(family, 2, "attn")), (5, layer_name(family, 1, None))],
-        [],
-    ]
+    cells, options = restored(family)[what], CORRUPTIONS[corruption]
     expected = torch.stack([reference(family, ids, cell, answers, span, **options) for cell in cells])
     found = rome.trace_many(language_model(family), {"input_ids": ids.repeat(4, 1)}, cells, answers, span, **options)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    assert expected.std(0).min() > 1e-6, "patches must matter, or the comparison shows nothing"
+    unrestored = reference(family, ids, [], answers, span, **options)
+    assert what == "nothing" or (expected - unrestored).abs().max() > 1e-6, "patches must matter"
+
+
+def test_a_head_by_its_name_is_restored_as_its_share_of_the_projections_input() -> None:
+    model, ids, span, answer = language_model("gpt2"), prompt(), (2, 4), torch.tensor(5)
+    inp = {"input_ids": ids.repeat(4, 1)}
+    found = rome.trace_many(model, inp, [[(3, "transformer.h.0.attn.heads.1")]], answer, span, 0.4)
+
+    def restore(module: Any, args: tuple[torch.Tensor]) -> None:
+        args[0][1:, 3, 8:16] = args[0][0, 3, 8:16]
+
+    handle = model.transformer.h[0].attn.c_proj.register_forward_pre_hook(restore)
+    try:
+        expected = reference("gpt2", ids, [], answer, span, noise=0.4)
+    finally:
+        handle.remove()
+    assert found[0].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert found[0].item() != pytest.approx(reference("gpt2", ids, [], answer, span, noise=0.4).item(), rel=1e-4)
+
+
+def test_the_trace_of_a_trained_model_finds_where_it_knows_a_fact() -> None:
+    """The key's token early, the last token late; in between the model moves the fact from one to the other."""
+    model, key = language_model("trained gpt2"), torch.tensor([4])
+    ids, answer = trained.prompts(key, torch.Generator().manual_seed(1))[0], trained.answers(key)[0]
+    cells = [[(token, layer_name("gpt2", layer, None))] for token in range(trained.LENGTH) for layer in range(3)]
+    span = (trained.SUBJECT, trained.SUBJECT + 1)
+    inp = {"input_ids": ids.repeat(11, 1)}
+    scores = rome.trace_many(model, inp, cells, answer, span, 2.0).reshape(trained.LENGTH, 3)
+    expected = [trace_one_cell(model, ids, cell, answer, span, samples=10, noise=2.0) for cell in cells]
+    torch.testing.assert_close(scores.flatten(), torch.stack(expected), rtol=1e-9, atol=1e-12)
+    clean = torch.softmax(model(input_ids=ids[None]).logits[0, -1], dim=-1)[answer]
+    corrupted = rome.trace_with_patch(model, inp, [], answer, span, 2.0)
+    assert clean > 0.9
+    assert corrupted < 0.5
+    assert scores[-1, 2] == pytest.approx(clean.item(), rel=1e-9), "the last layer's last token is what is read"
+    elsewhere = [token for token in range(trained.LENGTH - 1) if token != trained.SUBJECT]
+    assert (scores[elsewhere] - corrupted).abs().max() < 0.05
 
 
 def test_single_precision_holds_the_promise() -> None:
@@ -66,7 +125,7 @@ def test_batch_size_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("kind", [None, "mlp", "attn"])
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "trained gpt2"])
 def test_hidden_flow_returns_the_originals_dictionary(family: str, kind: str | None) -> None:
     mt = SimpleNamespace(model=language_model(family), tokenizer=SpaceTokenizer())
     text = " the eiffel tower stands in a city called"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backends.language_models import FAMILIES, VOCABULARY, language_model
+from tests.backends.language_models import MODELS, VOCABULARY, language_model
 
 pytest.importorskip("transformer_lens", reason="needs the backends extra: pip install 'fasttrace[backends]'")
 
@@ -69,7 +69,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_sweep_equals_transformer_lens_own(bridge_of: Any, family: str, case: str) -> None:
     bridge, (name, setter, axes) = bridge_of(family), CASES[case]
