@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-SUITES = ("text", "unet", "edit", "backends", "planner")
+SUITES = ("text", "unet", "pictures", "edit", "backends", "planner", "scaling")
 QUICK: dict[str, list[str]] = {
-    "text": ["float32"],
-    "unet": ["free", "hooks", "patches"],
+    "text": ["float32", "quick"],
+    "unet": ["hooks"],
+    "pictures": [],
     "edit": ["error", "quickfix"],
-    "backends": ["nnsight", "pyvene"],
-    "planner": [],
+    "backends": ["nnsight"],
 }
 
 

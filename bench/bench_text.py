@@ -156,7 +156,12 @@ def measure(dtype: torch.dtype, packed_fp32: float | None, rounds: int) -> tuple
     names = {"hooks": "hooks, one forward a patch", "batched": f"hooks, {BATCH} patches a forward"}
     rivals = [
         beside(
-            {**case, "rival": names[name], "timed": f"{len(timed[name])} patches"},
+            {
+                "what": f"text sweep, CLIP-L shape, {case['dtype']}",
+                **case,
+                "rival": names[name],
+                "timed": f"{len(timed[name])} patches",
+            },
             times["packed"],
             times[name],
             len(patches) / len(timed[name]),
