@@ -18,7 +18,8 @@ from ..patch import PatchSet
 
 Request = TypeVar("Request")
 
-# Scores of at most this many bytes of logits are computed at once.
+# What a backend holds at once beside the model, the unpatched runs and what it returns: a GiB in all.
+RUNS_BUDGET = 768 * 2**20
 LOGITS_BUDGET = 256 * 2**20
 
 
@@ -54,14 +55,16 @@ class Backend(abc.ABC, Generic[Request]):
 
     Args:
         model: a causal language model or a text encoder that `fasttrace.trace_text` supports; left unchanged.
-        batch_size: runs whose final states are held at once: ``S x batch_size x T x D`` numbers.
+        batch_size: runs that are held at once; by default as many as fit in `RUNS_BUDGET`. One takes at most
+            ``T x (10 D + F)`` numbers, where ``F`` is the MLP's width, and four times its ``S x T x D`` final states
+            (without ``T`` where one token is read). Results do not depend on it.
 
     Raises:
         BackendError: ``batch_size`` is less than one.
     """
 
-    def __init__(self, model: Any, batch_size: int = 256) -> None:
-        if batch_size < 1:
+    def __init__(self, model: Any, batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
             raise BackendError(f"batch_size={batch_size}: expected at least 1")
         self.model = model
         self.batch_size = batch_size
@@ -116,24 +119,47 @@ class Backend(abc.ABC, Generic[Request]):
     def probabilities(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Softmax probabilities of chosen tokens, ``[..., k]``, without ever holding all rows' logits."""
         flat = states.reshape(-1, states.shape[-1])
-        rows = max(1, LOGITS_BUDGET // (4 * self.model.get_output_embeddings().weight.shape[0]))
+        head = self.model.get_output_embeddings().weight
+        # Logits and probabilities are held side by side.
+        rows = max(1, LOGITS_BUDGET // (2 * head.element_size() * head.shape[0]))
         parts = [torch.softmax(self.logits(part), dim=-1)[:, tokens] for part in torch.split(flat, rows)]
         return torch.cat(parts).reshape(*states.shape[:-1], len(tokens))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there are logits."""
+        return self.model.get_output_embeddings() is not None
 
     @property
     def embedding_width(self) -> int:
         embedding: Any = word_embedding(self.model)
         return int(embedding.weight.shape[1])
 
+    def runs_at_once(self, tokens: int, states: int) -> int:
+        """``batch_size``, or the runs that fit in `RUNS_BUDGET`.
+
+        Args:
+            tokens: length of the prompt, ``T``.
+            states: final states that are held of one run.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        config, width = self.model.config, self.embedding_width
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+        numbers = tokens * (10 * width + inner) + 4 * states * width
+        return int(max(1, RUNS_BUDGET // (numbers * word_embedding(self.model).weight.element_size())))
+
     def _states(self, sweep: Sweep) -> Any:
         noise = sweep.noise
         if noise is None:
             noise = torch.zeros(1, len(sweep.input_ids), self.embedding_width)
-        for start in range(0, len(sweep.runs), self.batch_size):
+        length, samples = len(sweep.input_ids), len(noise)
+        size = self.runs_at_once(length, samples * (length if sweep.position is None else 1))
+        for start in range(0, len(sweep.runs), size):
             yield trace_text(
                 self.model,
                 sweep.input_ids,
-                sweep.runs[start : start + self.batch_size],
+                sweep.runs[start : start + size],
                 noise,
                 base=sweep.base,
                 sources=sweep.sources,

@@ -49,14 +49,14 @@ class FastIntervenable:
 
     Args:
         config: a ``pyvene.IntervenableConfig``, or what pyvene takes for one.
-        model: a causal language model of transformers; left unchanged.
-        batch_size: runs whose final states are held at once.
+        model: a causal language model or a text encoder of transformers; left unchanged.
+        batch_size: runs that are held at once, as in `Backend`.
 
     Raises:
         BackendError: an intervention, component, unit or mode that is not served.
     """
 
-    def __init__(self, config: Any, model: Any, batch_size: int = 256) -> None:
+    def __init__(self, config: Any, model: Any, batch_size: int | None = None) -> None:
         self._backend = PyveneBackend(model, batch_size)
         self._own = pyvene_model(config, model)
         self._planned = plan_of(self._own, model)
@@ -89,16 +89,17 @@ class FastIntervenable:
             use_cache: ignored; there is nothing to generate.
 
         Returns:
-            ``(original outputs or None, outputs)``; outputs have ``logits`` ``[B, T, vocabulary]``.
+            ``(original outputs or None, outputs)``; outputs have ``logits`` ``[B, T, vocabulary]``, or
+            ``last_hidden_state`` ``[B, T, D]`` where the model has no head.
         """
         if subspaces is not None or labels is not None:
             raise BackendError(f"subspaces and labels are not served: {OTHERWISE}")
         cells = [self._patches(base, sources, unit_locations, source_representations, {})]
-        logits = next(iter(_logits(self._backend, base, cells, None)))
-        from transformers.modeling_outputs import CausalLMOutput
+        found = next(iter(_outputs(self._backend, base, cells, None)))
+        from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
         original = self._backend.model(**base) if output_original_output else None
-        patched = CausalLMOutput(logits=logits)
+        patched = CausalLMOutput(logits=found) if self._backend.has_head else BaseModelOutput(last_hidden_state=found)
         if return_dict:
             from pyvene.models.intervenable_base import IntervenableModelOutput
 
@@ -181,7 +182,7 @@ def intervene_many(
     sources: Any = None,
     *,
     logit_positions: Sequence[int] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Iterator[Tensor]:
     """A sweep: many ``(config, unit_locations)`` over the same base and sources, in packed passes.
 
@@ -190,21 +191,24 @@ def intervene_many(
         cells: what `FastIntervenable` would take one by one.
         base, sources: as for `FastIntervenable`.
         logit_positions: the only tokens to give logits of.
-        batch_size: cells whose final states are held at once.
+        batch_size: cells that are held at once; by default as many as fit in a fixed budget of memory.
 
     Yields:
-        Each cell's logits ``[B, T, vocabulary]``, or ``[B, len(logit_positions), vocabulary]``, in order.
+        Each cell's logits ``[B, T, vocabulary]``, or ``[B, len(logit_positions), vocabulary]``, in order; last hidden
+        states where the model has no head.
     """
     backend, recorded = PyveneBackend(model, batch_size), _Recorded()
-    for start in range(0, len(cells), batch_size):
+    rows, length = base["input_ids"].shape
+    size = backend.runs_at_once(length, rows * (length if logit_positions is None else len(logit_positions)))
+    for start in range(0, len(cells), size):
         patched = [
             FastIntervenable(config, model)._patches(base, sources, locations, None, recorded)
-            for config, locations in cells[start : start + batch_size]
+            for config, locations in cells[start : start + size]
         ]
-        yield from _logits(backend, base, patched, logit_positions)
+        yield from _outputs(backend, base, patched, logit_positions)
 
 
-def _logits(
+def _outputs(
     backend: PyveneBackend,
     base: Mapping[str, Tensor],
     cells: Sequence[Sequence[tuple[Patch, ...]]],
@@ -220,10 +224,9 @@ def _logits(
         dim=1,
     )
     for cell in states:
-        if positions is None:
-            yield backend.logits(cell)
-        else:
-            yield backend.logits(cell[:, list(positions)] if only is None else cell[:, None])
+        if positions is not None:
+            cell = cell[:, list(positions)] if only is None else cell[:, None]
+        yield backend.logits(cell) if backend.has_head else cell
 
 
 def _as_list(sources: Any) -> list[Any]:

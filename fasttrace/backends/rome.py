@@ -99,9 +99,9 @@ def trace_many(
     noise: Noise = 0.1,
     uniform_noise: bool = False,
     replace: bool = False,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """`trace_with_patch` for many cells in packed passes: ``[N, *answers_t.shape]``."""
+    """`trace_with_patch` for many cells in packed passes: ``[N, *answers_t.shape]``; `Backend` says what a batch is."""
     answers = torch.as_tensor(answers_t, device=inp["input_ids"].device)
     ids, mask, samples = _one_prompt(inp)
     drawn = corruption_noise(model, ids, samples, tokens_to_mix, noise, uniform_noise, replace)
@@ -158,7 +158,7 @@ def calculate_hidden_flow(
     window: int = 10,
     kind: str | None = None,
     expect: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The whole (token, layer) sweep of one prompt.
 
@@ -172,7 +172,7 @@ def calculate_hidden_flow(
         window: layers restored together around each layer, for a ``kind``.
         kind: ``None`` for whole hidden states, ``"mlp"`` or ``"attn"``.
         expect: an answer; if the model gives another, nothing is traced.
-        batch_size: cells whose states are held at once.
+        batch_size: cells that are held at once; by default as many as fit in a fixed budget of memory.
 
     Returns:
         ``scores`` [tokens, layers], ``low_score``, ``high_score``, ``input_ids``, ``input_tokens``, ``subject_range``,

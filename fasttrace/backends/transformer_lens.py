@@ -1,7 +1,8 @@
 """TransformerLens' `generic_activation_patch`, with its signature, a packed pass instead of one forward a cell.
 
-The stock patch setters are recognised by identity, and the activations below by name. Anything else still works: it
-runs in TransformerLens itself, at its own speed, after a warning that says so.
+Its ready-made sweeps (``get_act_patch_resid_pre``, ``get_act_patch_attn_head_out_by_pos``, ...) have the same names
+here. The stock patch setters are recognised by identity, and the activations below by name. Anything else still works:
+it runs in TransformerLens itself, at its own speed, after a warning that says so.
 
 ==============  ===============================  ==========================================================
 activation      patch setters                    becomes
@@ -17,6 +18,7 @@ activation      patch setters                    becomes
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections import defaultdict
@@ -62,13 +64,13 @@ class TransformerLensBackend(Backend[Cells]):
 
     Args:
         bridge: a ``TransformerBridge`` without weight processing.
-        batch_size: cells whose final states are held at once.
+        batch_size: cells that are held at once, as in `Backend`.
 
     Raises:
         BackendError: a model that is no bridge, or whose weights TransformerLens has processed.
     """
 
-    def __init__(self, bridge: Any, batch_size: int = 256) -> None:
+    def __init__(self, bridge: Any, batch_size: int | None = None) -> None:
         original = getattr(bridge, "original_model", None)
         if original is None:
             raise BackendError(f"{type(bridge).__name__} is no TransformerBridge: load one with boot_transformers")
@@ -144,8 +146,9 @@ class TransformerLensBackend(Backend[Cells]):
 
         rows, length = tokens.shape
         only = positions[0] % length if positions is not None and len(positions) == 1 else None
-        for start in range(0, len(indices), self.batch_size):
-            chunk = indices[start : start + self.batch_size]
+        size = self.runs_at_once(length, rows * (length if only is None else 1))
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
             shape = (length,) if only is None else ()
             states = torch.empty(len(chunk), rows, *shape, self.embedding_width, dtype=self.model.dtype)
             names = {get_act_name(name, layer=int(index[0])) for index in chunk}
@@ -199,7 +202,7 @@ def generic_activation_patch(
     *,
     reduce: str = "scalar",
     baseline: bool = False,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     logit_positions: Sequence[int] | None = None,
 ) -> Any:
     """`transformer_lens.patching.generic_activation_patch` in packed passes; see there for what is not said here.
@@ -207,7 +210,7 @@ def generic_activation_patch(
     Args:
         model: a ``TransformerBridge``.
         corrupted_tokens: ``[batch, T]``.
-        batch_size: cells whose final states are held at once.
+        batch_size: cells that are held at once; by default as many as fit in a fixed budget of memory.
         logit_positions: the only tokens whose logits the metric reads, such as ``[-1]``: the others are NaN, and their
             head is not computed, which is most of the cost where the vocabulary is large.
 
@@ -243,6 +246,17 @@ def generic_activation_patch(
         _Replay(model, logits), corrupted_tokens, clean_cache, patching_metric, patch_setter, activation_name,
         index_axis_names, index_df, return_index_df, reduce=reduce, baseline=baseline,
     )  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """TransformerLens' ready-made sweeps, partial calls of its `generic_activation_patch`, over the one here."""
+    if name.startswith("get_act_patch_"):
+        from transformer_lens import patching
+
+        own = getattr(patching, name, None)
+        if isinstance(own, functools.partial) and own.func is patching.generic_activation_patch:
+            return functools.partial(generic_activation_patch, *own.args, **own.keywords)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Replay:

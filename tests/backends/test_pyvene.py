@@ -218,6 +218,49 @@ def test_the_users_model_stays_as_it_is() -> None:
     parameter.requires_grad_(False)
 
 
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The packaged text encoder, made known to pyvene as its documentation says to."""
+    from pyvene.models import modeling_utils
+    from pyvene.models.constants import CONST_INPUT_HOOK, CONST_OUTPUT_HOOK
+
+    encoder = ft.load_pipeline("emoji").text_encoder
+    layer, out = "encoder.layers[%s]", CONST_OUTPUT_HOOK
+    split = (modeling_utils.split_head_and_permute, "n_head")
+    modules = {
+        "block_input": (layer, CONST_INPUT_HOOK),
+        "block_output": (layer, out),
+        "attention_output": (f"{layer}.self_attn", out),
+        "mlp_output": (f"{layer}.mlp", out),
+        "attention_value_output": (f"{layer}.self_attn.out_proj", CONST_INPUT_HOOK),
+        "head_attention_value_output": (f"{layer}.self_attn.out_proj", CONST_INPUT_HOOK, split),
+    }
+    dimensions = dict.fromkeys(modules, ("hidden_size",)) | {
+        "n_head": ("num_attention_heads",),
+        "head_attention_value_output": ("hidden_size/num_attention_heads",),
+    }
+    monkeypatch.setitem(modeling_utils.type_to_module_mapping, type(encoder), modules)
+    monkeypatch.setitem(modeling_utils.type_to_dimension_mapping, type(encoder), dimensions)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "head" not in case or case in ("one head", "addition to a head")]
+)
+def test_every_intervention_on_the_packaged_text_encoder(registered: Any, case: str) -> None:
+    representations, locations, count = CASES[case]
+    size = registered.config.vocab_size
+    base, *sources = ({"input_ids": inputs(seed)["input_ids"] % size} for seed in range(count + 1))
+    config = pv.IntervenableConfig(representations)
+    with torch.no_grad():
+        _, expected = pv.IntervenableModel(config, registered)(base, sources or None, locations)
+        plain = registered(**base).last_hidden_state
+    _, found = backend.FastIntervenable(config, registered)(base, sources or None, locations)
+    scale = plain.abs().max().item()
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5 * scale)
+    assert (expected.last_hidden_state - plain).abs().max() > 1e-3 * scale, "the intervention must matter"
+
+
 REFUSED = {
     "component": component("query_output", 1, pv.VanillaIntervention),
     "first block's input": component("block_input", 0, pv.VanillaIntervention),

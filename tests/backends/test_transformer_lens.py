@@ -84,6 +84,34 @@ def test_a_sweep_equals_transformer_lens_own(bridge_of: Any, family: str, case: 
     assert expected.std() > 1e-3, "patches must matter, or the comparison shows nothing"
 
 
+READY_MADE = (
+    "get_act_patch_resid_pre",
+    "get_act_patch_attn_out",
+    "get_act_patch_mlp_out",
+    "get_act_patch_attn_head_out_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+)
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_ready_made_sweeps_have_their_names(bridge_of: Any, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    bridge = bridge_of("trained gpt2")
+    _, cache = bridge.run_with_cache(prompts(2, seed=1))
+    arguments = (bridge, prompts(2, seed=2), cache, logit_difference)
+    with torch.no_grad():
+        expected = getattr(patching, name)(*arguments)
+    found = getattr(backend, name)(*arguments)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert not [each for each in recwarn if "fasttrace" in str(each.message)], "nothing may fall back"
+
+
+@pytest.mark.parametrize("name", ["get_act_patch_block_every", "get_act_patch_no_such_thing"])
+def test_what_is_no_sweep_is_not_here(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        getattr(backend, name)
+
+
 def test_results_of_every_form_are_transformer_lens_own(bridge_of: Any) -> None:
     bridge = bridge_of("gpt2")
     clean, corrupted = prompts(2, seed=1), prompts(2, seed=2)
