@@ -22,6 +22,7 @@ def trace_one_cell(
     noise: Noise = 0.1,
     uniform_noise: bool = False,
     replace: bool = False,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Row 0 clean, the others corrupted and restored from row 0, in one forward; probabilities of ``answers``."""
     generator = np.random.RandomState(1)
@@ -54,7 +55,9 @@ def trace_one_cell(
     handles += [modules[name].register_forward_hook(restore(tokens)) for name, tokens in by_layer.items()]
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids.repeat(samples + 1, 1)).logits
+            rows = samples + 1
+            padding = None if mask is None else mask.repeat(rows, 1)
+            logits = model(input_ids=ids.repeat(rows, 1), attention_mask=padding).logits
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The README's example of a backend is complete, and right."""
+"""The example of a backend in CONTRIBUTING.md is complete, and right."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 import torch
 
-import fasttrace
 from fasttrace.errors import BackendError
 from tests.backends.language_models import VOCABULARY, language_model
 
-README = Path(fasttrace.__file__).parent / "backends" / "README.md"
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 
 @pytest.fixture(scope="module")
 def example() -> dict[str, Any]:
-    (source,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {"__name__": __name__}
-    exec(compile(source, str(README), "exec"), names)
+    exec(compile(source, str(PAGE), "exec"), names)
     return names
 
 
-def test_the_readmes_example_equals_plain_hooks(example: dict[str, Any]) -> None:
+def test_the_example_equals_plain_hooks(example: dict[str, Any]) -> None:
     model = language_model("llama")
     ids = torch.randint(0, VOCABULARY, (8,), generator=torch.Generator().manual_seed(1))
-    cells = [(layer, part, token) for layer in range(3) for part in ("self_attn", "mlp") for token in (0, 4, 7)]
+    parts = ("self_attn", "mlp", "self_attn.heads.2")
+    cells = [(layer, part, token) for layer in range(3) for part in parts for token in (0, 4, 7)]
     found = example["KnockoutBackend"](model, batch_size=7).run(example["Knockout"](ids, cells, answer=17))
 
     expected = []
@@ -36,7 +36,14 @@ def test_the_readmes_example_equals_plain_hooks(example: dict[str, Any]) -> None
         def zero(module: Any, args: Any, output: Any, token: int = token) -> None:
             (output[0] if isinstance(output, tuple) else output)[:, token] = 0
 
-        handle = getattr(model.model.layers[layer], part).register_forward_hook(zero)
+        def zero_head(module: Any, args: Any, token: int = token) -> None:
+            args[0][:, token, 16:24] = 0
+
+        block = model.model.layers[layer]
+        if part.endswith("heads.2"):
+            handle = block.self_attn.o_proj.register_forward_pre_hook(zero_head)
+        else:
+            handle = getattr(block, part).register_forward_hook(zero)
         with torch.no_grad():
             expected.append(model(input_ids=ids[None]).logits[0, -1, 17])
         handle.remove()

@@ -105,6 +105,20 @@ def test_the_trace_of_a_trained_model_finds_where_it_knows_a_fact() -> None:
     assert (scores[elsewhere] - corrupted).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("family", MODELS)
+def test_padding_is_not_read(family: str) -> None:
+    """Left padding, as batches of prompts of different length have it."""
+    ids, span, answer = prompt(), (4, 6), torch.tensor(5)
+    mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1])
+    cells = [[(token, layer_name(family, layer, "mlp"))] for token in range(2, 9) for layer in range(3)]
+    expected = torch.stack([reference(family, ids, cell, answer, span, mask=mask) for cell in cells])
+    inp = {"input_ids": ids.repeat(4, 1), "attention_mask": mask.repeat(4, 1)}
+    found = rome.trace_many(language_model(family), inp, cells, answer, span)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    unpadded = rome.trace_many(language_model(family), {"input_ids": ids.repeat(4, 1)}, cells, answer, span)
+    assert (found - unpadded).abs().max() > 1e-6, "the padding's own words must matter where they are read"
+
+
 def test_single_precision_holds_the_promise() -> None:
     ids, span, answer = prompt(), (2, 4), torch.tensor(5)
     cells = [[(token, layer_name("gpt2", 1, None))] for token in range(9)]
