@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pandas
 import pytest
 import torch
 
 from tests.backends.language_models import MODELS, VOCABULARY, language_model
+from tests.backends.test_memory import most_bytes
 
 pytest.importorskip("transformer_lens", reason="needs the backends extra: pip install 'fasttrace[backends]'")
 
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 
+from fasttrace.backends import base
 from fasttrace.backends import transformer_lens as backend
 from fasttrace.errors import BackendError
 
@@ -157,6 +160,33 @@ def test_logits_may_be_read_at_the_last_token_only(bridge_of: Any) -> None:
     everything = backend.generic_activation_patch(bridge, *arguments)
     last = backend.generic_activation_patch(bridge, *arguments, logit_positions=[-1])
     torch.testing.assert_close(last, everything, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp_out", "z"])
+@pytest.mark.parametrize("positions", [None, [-1]])
+def test_a_longer_sweep_takes_no_more_memory(
+    bridge_of: Any, name: str, positions: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = bridge_of("gpt2")
+    _, cache = bridge.run_with_cache(prompts(2, seed=1, length=24))
+    corrupted = prompts(2, seed=2, length=24)
+    table = patching.make_df_from_ranges([3, 24], ["layer", "pos"])
+
+    def sweep(times: int, batch_size: int | None) -> int:
+        return most_bytes(
+            bridge,
+            lambda: backend.generic_activation_patch(
+                bridge, corrupted, cache, logit_difference, patching.layer_pos_patch_setter, name,
+                index_df=pandas.concat([table] * times), batch_size=batch_size, logit_positions=positions,
+            ),
+        )  # fmt: skip
+
+    once = sweep(1, 8)
+    assert sweep(3, 8) < 1.2 * once
+    budget = 2**20
+    monkeypatch.setattr(base, "RUNS_BUDGET", budget)
+    unpatched, result = 2 * 24 * 3 * 9 * 32 * 4, 3 * 2 * 24 * VOCABULARY * 4
+    assert budget / 8 < sweep(3, None) < budget + unpatched + result
 
 
 def test_what_is_not_recognised_runs_in_transformer_lens_with_a_warning(bridge_of: Any) -> None:
