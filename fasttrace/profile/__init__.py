@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import StudyError
-from .show import Profile
+from .result import Profile
 
 
 def profile(
@@ -21,7 +21,7 @@ def profile(
     seeds: int = 1,
     budget: float = 60.0,
 ) -> Profile:
-    """Measure a pipeline.
+    """Measure what tracing costs on a pipeline: time, operations, bytes and memory, by kind of site and by stage.
 
     Args:
         pipe: a diffusers pipeline; unchanged afterwards.
@@ -39,7 +39,9 @@ def profile(
     from . import measure
     from .ceilings import machine_name, measure_ceilings
     from .overhead import STEPS, patching_overhead
-    from .savings import savings
+    from .savings import savings, text_share
+    from .stages import stage_costs
+    from .text_sweep import text_sweep
 
     for name, value in (("steps", steps), ("prompts", prompts), ("seeds", seeds), ("budget", budget)):
         if not value > 0:
@@ -54,19 +56,23 @@ def profile(
     call = measure.UNetCaller(pipe)
     batches = measure.batch_curve(call, budget / 2)
     best = min(batches, key=lambda point: point.per_sample)
-    rounds = 3 if best.seconds * 4 < budget / 4 else 1
+    rounds = 3 if best.seconds * 3 < budget / 4 else 1
     kinds = measure.kind_costs(call, best.batch, ceilings, rounds)
     rows = min(8, len(chosen))
     predicted = 2 * (rows + 2) * 2 * STEPS * best.per_sample
     overhead = patching_overhead(pipe, chosen, rows, 3) if 4 * predicted < budget / 2 else None
+    stages = stage_costs(pipe, ceilings)
     return Profile(
         model,
         f"{machine_name(pipe.unet.device)}, {str(pipe.unet.dtype).removeprefix('torch.')}",
         ceilings,
         kinds,
         batches,
-        measure.stage_seconds(pipe),
+        sum(parameter.nbytes for parameter in pipe.unet.parameters()),
+        stages,
         savings(pipe, chosen, steps),
+        text_share(pipe),
+        text_sweep(pipe),
         overhead,
         steps,
         prompts,

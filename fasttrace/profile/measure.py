@@ -1,4 +1,4 @@
-"""Where the time of a UNet call goes: by kind of site, by batch size, and beside the pipeline's other stages."""
+"""Where the time of a UNet call goes: by kind of site and by batch size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.shadow import clone, shadow_of
 from ..engine.values import first
-from ..pipeline import decode_latents, encode_prompt, latent_shape, needs_added
+from ..pipeline import encode_prompt, latent_shape, needs_added
 from ..sites import part_sites
 from .ceilings import Ceilings, seconds_of
+from .flops import flop_counter
+from .live import live_bytes
+from .peak import peak_of
 
 KIND_ORDER = ("resnet", "self_attn", "cross_attn", "mlp", "other")
 
@@ -32,6 +34,9 @@ class KindCost:
         flops: per sample.
         moved: bytes that must be read and written once: weights (shared by the batch), inputs and outputs.
         floor: seconds per sample at the machine's ceilings.
+        held: bytes of tensors that one such site holds at most for a sample, its inputs apart; of ``"other"``, those of
+            the whole call, skip connections included.
+        values: bytes of the sites' own values for one sample: what a cache of a clean run would keep for each step.
     """
 
     kind: str
@@ -40,6 +45,8 @@ class KindCost:
     flops: float
     moved: float
     floor: float
+    held: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -91,19 +98,23 @@ class UNetCaller:
 
 
 def batch_curve(call: UNetCaller, budget: float, largest: int = 64) -> list[BatchPoint]:
-    """Seconds of a call at batch sizes 1, 2, 4, ...: as many as ``budget`` seconds allow, the first one always."""
+    """Seconds and memory of a call at batch sizes 1, 2, 4, ...: as many as ``budget`` seconds allow, the first always.
+
+    A call that takes long is timed once, a short one as the median of three after a first.
+    """
     points: list[BatchPoint] = []
     left, batch = budget, 1
+    call(1)
     while batch <= largest:
         started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        seconds = seconds_of(lambda: call(batch), rounds=3 if left > 8 * budget / 10 else 1)  # noqa: B023
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        peak = peak_of(lambda: call(batch))[1]  # noqa: B023
+        seconds = time.perf_counter() - started
+        if seconds < budget / 40:
+            seconds = seconds_of(lambda: call(batch), rounds=3, warmup=0)  # noqa: B023
         points.append(BatchPoint(batch, seconds, peak))
         left -= time.perf_counter() - started
         batch *= 2
-        if 2 * 2 * points[-1].seconds > left:
+        if 2 * points[-1].seconds > left:
             break
     return points
 
@@ -112,15 +123,17 @@ def kind_costs(call: UNetCaller, batch: int, ceilings: Ceilings, rounds: int) ->
     """Time, operations and traffic of each kind of site in one call, median over ``rounds``."""
     own: Any = clone(call.unet)
     sites = part_sites(own, "unet")
+    modules = {site.name: site.module for site in sites}
+    held, all_held = live_bytes(lambda: own(**call.inputs(1)), modules)
     timer = _Timer()
-    with timer.on({site.name: site.module for site in sites}), torch.no_grad():
+    with timer.on(modules), torch.no_grad():
         totals = []
-        for _ in range(rounds + 1):
+        for _ in range(rounds):
             started = time.perf_counter()
             own(**call.inputs(batch))
             totals.append(time.perf_counter() - started)
-    whole = sorted(totals[1:])[rounds // 2]
-    seconds = {name: sorted(times[1:])[rounds // 2] for name, times in timer.seconds.items()}
+    whole = sorted(totals)[rounds // 2]
+    seconds = {name: sorted(times)[rounds // 2] for name, times in timer.seconds.items()}
     by_module, all_flops = _flops(own, call)
     weight_bytes = {site.name: _bytes(site.module) for site in sites}
     costs = []
@@ -129,24 +142,15 @@ def kind_costs(call: UNetCaller, batch: int, ceilings: Ceilings, rounds: int) ->
         if mine:
             flops = sum(by_module[name] for name in mine)
             moved = sum(timer.traffic[name] + weight_bytes[name] for name in mine) / batch
-            costs.append(_cost(kind, len(mine), sum(seconds[name] for name in mine) / batch, flops, moved, ceilings))
-    rest = whole / batch - sum(cost.seconds for cost in costs)
+            measured = sum(seconds[name] for name in mine) / batch
+            values = sum(timer.values[name] for name in mine) // batch
+            floor = ceilings.floor(flops, moved)
+            most = max(held[name] for name in mine)
+            costs.append(KindCost(kind, len(mine), measured, flops, moved, floor, most, values))
+    rest = max(whole / batch - sum(cost.seconds for cost in costs), 0.0)
     flops = all_flops - sum(cost.flops for cost in costs)
     moved = (_bytes(own) - sum(weight_bytes.values())) / batch
-    return [*costs, _cost("other", 0, max(rest, 0.0), flops, moved, ceilings)]
-
-
-def stage_seconds(pipe: Any) -> dict[str, float]:
-    """Seconds of encoding one prompt and of decoding one picture."""
-    latents = torch.randn(1, *latent_shape(pipe)).to(pipe.unet.device)
-    return {
-        "text encoder": seconds_of(lambda: encode_prompt(pipe, "a photo of an apple"), rounds=3),
-        "VAE decoder": seconds_of(lambda: decode_latents(pipe, latents), rounds=1, warmup=0),
-    }
-
-
-def _cost(kind: str, sites: int, seconds: float, flops: float, moved: float, ceilings: Ceilings) -> KindCost:
-    return KindCost(kind, sites, seconds, flops, moved, ceilings.floor(flops, moved))
+    return [*costs, KindCost("other", 0, rest, flops, moved, ceilings.floor(flops, moved), all_held, 0)]
 
 
 def _bytes(module: nn.Module) -> int:
@@ -161,7 +165,7 @@ def _flops(unet: Any, call: UNetCaller) -> tuple[dict[str, float], float]:
             for name, tensor in table.items():
                 if tensor is not None:
                     table[name] = torch.empty_like(tensor, device="meta")
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     counts: dict[str, float] = {}
 
     def begin(name: str) -> Callable[..., None]:
@@ -192,6 +196,7 @@ class _Timer:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.traffic: dict[str, int] = {}
+        self.values: dict[str, int] = {}
         self._started = 0.0
 
     @contextmanager
@@ -217,6 +222,7 @@ class _Timer:
                 torch.cuda.synchronize()
             self.seconds.setdefault(name, []).append(time.perf_counter() - self._started)
             inputs = [value for value in args if isinstance(value, Tensor)]
-            self.traffic[name] = first(output).nbytes + sum(value.nbytes for value in inputs)
+            self.values[name] = first(output).nbytes
+            self.traffic[name] = self.values[name] + sum(value.nbytes for value in inputs)
 
         return end

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..engine.unet import plan_summary
+from ..engine.unet_cost import unet_cost
 from ..engine.unet_request import UNetRequest, unet_request
 from ..patch import Patch
-from ..pipeline import encode_prompt, needs_added
+from ..pipeline import encode_prompt, latent_shape, needs_added
 from ..sites import Site
 
 
@@ -60,6 +61,19 @@ def savings(pipe: Any, sites: Sequence[Site], steps: int, guidance_scale: float 
             )
         )
     return found
+
+
+def text_share(pipe: Any) -> float:
+    """Operations of the text's keys and values, as a share of a UNet call's: what is computed once, not every step."""
+    tokens, (_, height, width) = pipe.tokenizer.model_max_length, latent_shape(pipe)
+    linears = [
+        linear
+        for name, module in pipe.unet.named_modules()
+        if name.endswith("attn2")
+        for linear in (module.to_k, module.to_v)
+    ]
+    keys = 2.0 * tokens * sum(linear.weight.numel() for linear in linears)
+    return keys / (keys + unet_cost(pipe.unet, (height, width), tokens).flops)
 
 
 def sweep_request(
