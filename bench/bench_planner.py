@@ -56,6 +56,7 @@ def main(rounds: int = 3) -> None:
                 "patches": count,
                 "median_s": round(timing.median, 4),
                 "us_a_patch": round(1e6 * timing.median / count, 1),
+                "peak_mib": timing.peak_mib,
             }
         )
         print(f"{count} patches: {timing.median:.3f} s")

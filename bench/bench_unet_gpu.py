@@ -4,7 +4,7 @@ python -m bench.bench_unet_gpu
 
 Rivals run the same number of rows for as many steps: eager, channels-last ``torch.compile(mode="max-autotune")``, and
 eager with a forward hook on every site that overwrites one row. Each figure is useful TFLOP/s of the forwards that the
-plan needs. The goals are 1.2 times the best rival on an H100, and 400 TFLOP/s.
+plan needs, and the peak memory beside the weights. The goals are 1.2 times the best rival on an H100, and 400 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
         record.append(
             "unet_gpu",
             [
-                {"rows": rows, "contender": name, "median_s": round(one.median, 4),
+                {"rows": rows, "contender": name, "median_s": round(one.median, 4), "peak_mib": one.peak_mib,
                  "useful_tflops": round(forwards[name] * flops / one.median / 1e12, 1)}
                 for name, one in times.items()
             ],

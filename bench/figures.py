@@ -59,7 +59,7 @@ def plot_scaling(points: pd.DataFrame, planner: pd.DataFrame | None, path: Path)
     """Six panels of time above six of memory, each a curve an engine, with its fitted power law."""
     if planner is not None:
         more = planner.rename(columns={"patches": "size"}).assign(engine="planner", against="patches")
-        points = pd.concat([points, more[["engine", "against", "size", "median_s"]]], ignore_index=True)
+        points = pd.concat([points, more.reindex(columns=points.columns)], ignore_index=True)
     fig = figure(11, 11.5)
     heading(
         fig,

@@ -37,12 +37,13 @@ TITLES = {
 
 INTRODUCTION = """# Results
 
-Everything here is written by `make bench-report` from `bench/results/*.csv`; the command over a table repeats it, and
-`make bench-full` repeats all of it. Times are medians of interleaved rounds in one process, ratios are taken round by
-round, with their range in brackets: above 1 means that fasttrace is faster. A rival that beats it is shown like any
-other. Contenders are compared with each other before they are timed; where all of a rival's work would take too long, a
-part of it is timed and scaled, and the row says which. Peak memory is what a call holds at most beside weights and
-inputs, its results included. Absolute times belong to the machine named under the table.
+Everything here is written by `make bench-report` from `bench/results/*.csv`; the command over a table repeats it (with
+`.venv/bin/python`, which `make bench` sets up), and `make bench-full` repeats all of it. Times are medians of
+interleaved rounds in one process, ratios are taken round by round, with their range in brackets: above 1 means that
+fasttrace is faster. A rival that beats it is shown like any other. Contenders are compared with each other before they
+are timed; where all of a rival's work would take too long, a part of it is timed and scaled, and the row says which.
+Peak memory is what a call holds at most beside weights and inputs, its results included; a rival's is that of the part
+that was timed. Absolute times belong to the machine named under the table.
 """
 
 _RANGES = (("_lowest", "_highest"), ("_low", "_high"))

@@ -97,8 +97,11 @@ class UNetCaller:
         }
 
 
-def batch_curve(call: UNetCaller, budget: float, largest: int = 64) -> list[BatchPoint]:
-    """Seconds and memory of a call at batch sizes 1, 2, 4, ...: as many as ``budget`` seconds allow, the first always.
+LARGEST_BATCH = 64
+
+
+def batch_curve(call: UNetCaller, budget: float, largest: int = LARGEST_BATCH) -> list[BatchPoint]:
+    """Seconds and memory of a call at batch sizes 1, 2, 4, ...: as many as ``budget`` seconds allow, two always.
 
     A call that takes long is timed once, a short one as the median of three after a first.
     """
@@ -114,7 +117,7 @@ def batch_curve(call: UNetCaller, budget: float, largest: int = 64) -> list[Batc
         points.append(BatchPoint(batch, seconds, peak))
         left -= time.perf_counter() - started
         batch *= 2
-        if 2 * points[-1].seconds > left:
+        if len(points) > 1 and 2 * seconds > left:
             break
     return points
 

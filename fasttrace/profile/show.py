@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .measure import LARGEST_BATCH
 from .result import Profile
 from .stages import StageCost
 
@@ -34,6 +35,8 @@ def print_profile(profile: Profile, console: Any) -> None:
         _stage_rows(profile),
     )
     _table(console, "Batch size", ("samples", "s a call", "ms a sample", "against 1", "peak MiB"), _batch_rows(profile))
+    if profile.batches[-1].batch < LARGEST_BATCH:
+        console.print("Larger batches would have taken more than the time allowed: --budget SECONDS allows more.")
     _print_ideas(profile, console)
     _print_study(profile, console)
 
