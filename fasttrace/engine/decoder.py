@@ -90,6 +90,11 @@ def is_supported(model: Any) -> bool:
     return type(text_body(model)).__name__ in _FAMILIES
 
 
+def is_plainly_causal(model: Any) -> bool:
+    """Whether a token reads itself and those before it, with no bias on the scores: all families but T5."""
+    return _FAMILIES[type(text_body(model)).__name__] is not _t5
+
+
 def decoder_of(model: Any, length: int, attention_mask: Tensor | None) -> Decoder:
     """Describe a supported model for prompts of ``length`` tokens.
 

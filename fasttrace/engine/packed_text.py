@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from .decoder import Decoder, DecoderLayer, Heads, decoder_of, text_head
 from .linear import linear_calls, on_packed
+from .suffix_attention import suffix_attention, whole_attention
 from .text_compile import compile_plan
 from .text_entries import FlatPatches, differs_from, flatten, given_rows, split_entries
 from .text_plan import ATTN, HIDDEN, MLP, Attention, Chunk, HeadPatches, LayerPlan, Stage, TextPlan, TextShape
@@ -76,6 +76,7 @@ class PackedText:
         self.clean = self._output(self.records["clean"].hidden[-1])
         rows = self.plan.token_layers // max(1, len(self.decoder.layers))
         self.call = linear_calls(self.records["clean"].hidden[0], rows)
+        self.attend = suffix_attention(request.attention, self.decoder, self.records["clean"].heads[0][0])
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
         """The corrupted output, and the restored ones in parts: numbers of some runs ``[n]``, and their outputs."""
@@ -101,7 +102,7 @@ class PackedText:
         for layer in self.decoder.layers:
             heads = layer.project(linear_calls(hidden, 0), call(layer.norm_attn, hidden), positions)
             q, k, v = (x[None] for x in heads)
-            attended = self._attend(layer, q, k, v)[0]
+            attended = whole_attention((q, k, v), self.decoder.bias, layer.scale)[0]
             attn = call(layer.out, attended)
             middle = hidden + attn
             mlp = call(layer.mlp.module, call(layer.norm_mlp, middle))
@@ -157,10 +158,9 @@ class PackedText:
     ) -> Tensor:
         split = base.heads[number][0].shape[1:]
         own = base.attended[number].view(-1, *split)
-        result = own.new_empty(work.count, *split)
+        result = own[work.based]
         if attended is not None:
-            result.index_copy_(0, work.attended, attended.view(-1, *split))
-        result.index_copy_(0, work.based.slots, own[work.based.tokens])
+            result = torch.cat([attended.view(-1, *split), result])
         for patches, adding in ((work.sets, False), (work.adds, True)):
             for source, where in patches:
                 patch = self.sources[source]
@@ -201,34 +201,19 @@ class PackedText:
     def _attention(self, layer: DecoderLayer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
         """Attention's result ``[C, H x d]`` at the computed columns, before the output projection."""
         own = layer.project(self.call, on_packed(layer.norm_attn, state[plan.rows.slots]), plan.rows.tokens)
-        queries = own[0]
-        if plan.query_rows is not None:
-            queries = base[0][plan.suffix_tokens].index_copy_(0, plan.query_rows, own[0])
-        runs = sum(count for _, count in plan.groups)
-        keys, values = (
-            shared.repeat(runs, 1, 1).index_copy_(0, plan.key_rows, mine)
-            for shared, mine in zip(base[1:], own[1:], strict=True)
-        )
-        results, row, run = [], 0, 0
-        for start, count in plan.groups:
-            span = self.length - start
-            q = queries[row : row + count * span].view(count, span, *queries.shape[1:])
-            cached = slice(run * self.length, (run + count) * self.length)
-            k, v = (x[cached].view(count, self.length, *x.shape[1:]) for x in (keys, values))
-            results.append(self._attend(layer, q, k, v).flatten(0, 1))
-            row, run = row + count * span, run + count
-        result = torch.cat(results)
+        whole = len(plan.whole.tokens)
+        result = own[0].new_empty(whole + len(plan.gapped.tokens), *own[0].shape[1:])
+        if whole:
+            q, k, v = (mine[:whole] for mine in own)
+            self.attend((q, k, v), base, plan.whole, layer.scale, result[:whole])
+        if plan.gapped.groups:
+            q, k, v = (
+                shared[plan.gapped.tokens].index_copy_(0, plan.filled, mine[whole:])
+                for shared, mine in zip(base, own, strict=True)
+            )
+            self.attend((q, k, v), base, plan.gapped, layer.scale, result[whole:])
+        result = result.flatten(1)
         return result if plan.chosen is None else result[plan.chosen]
-
-    def _attend(self, layer: DecoderLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries ``[n, Q, H, d]`` of the last tokens over keys and values ``[n, T, G, d]``: ``[n, Q, H x d]``."""
-        bias = self.decoder.bias[:, self.length - q.shape[1] :]
-        # torch's fast CPU kernel takes masks of two or four dimensions.
-        bias = bias[0] if len(bias) == 1 else bias[None]
-        grouped = q.shape[2] != k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        result = scaled_dot_product_attention(q, k, v, bias, scale=layer.scale, enable_gqa=grouped)
-        return result.transpose(1, 2).flatten(2)
 
 
 _PLANS: OrderedDict[object, TextPlan] = OrderedDict()

@@ -72,6 +72,7 @@ def trace_text(
     clip_skip: int | None = None,
     dtype: torch.dtype | None = None,
     max_rows: int | None = None,
+    attention: str | None = None,
     out: Tensor | None = None,
 ) -> TextTrace:
     """Run a text encoder clean, corrupted, and once for each element of ``patches``.
@@ -95,6 +96,9 @@ def trace_text(
         dtype: run a copy of the encoder in this dtype, such as ``torch.bfloat16``; the results have it too.
         max_rows: most packed tokens that pass through the model together; one needs about ``(10 D + F) x itemsize``
             bytes, where ``F`` is the MLP's width. Results do not depend on it.
+        attention: how the fast engine attends: ``"grouped"`` (torch's own, run by run of the same first token),
+            ``"products"`` (batched products), ``"ragged"`` (the op whose Triton kernel is compiled, not measured;
+            causal encoders), or ``None`` for the one that was quickest on such tensors. Results do not depend on it.
         out: where to write ``restored``, in its shape and dtype.
 
     Raises:
@@ -105,7 +109,7 @@ def trace_text(
     """
     request = text_request(
         encoder, input_ids, patches, noise, base=base, sources=sources, output=output, attention_mask=attention_mask,
-        clip_skip=clip_skip, dtype=dtype, max_rows=max_rows, out=out, position=position,
+        clip_skip=clip_skip, dtype=dtype, max_rows=max_rows, attention=attention, out=out, position=position,
     )  # fmt: skip
     return run_text_request(request, engine)
 
@@ -187,8 +191,10 @@ def _engine(name: str) -> Callable[[TextRequest], tuple[Tensor, Tensor, Tensor]]
 
 
 def _check_finite(restored: Tensor, runs: Tensor) -> None:
-    # A sum is one pass; where it is not finite, a value or the sum itself overflowed.
-    if bool(torch.isfinite(restored.sum(dtype=torch.float32))):
+    # A sum is one pass; where it is not finite, a value or the sum itself overflowed. Only float16 needs a wider one,
+    # for which torch makes a copy.
+    wide = torch.float32 if restored.dtype == torch.float16 else None
+    if bool(torch.isfinite(restored.sum(dtype=wide))):
         return
     bad = sorted({int(runs[row]) for row in nan_rows(restored)})
     if bad:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .text_plan import (
@@ -23,6 +25,7 @@ from .text_plan import (
     Mask,
     Rows,
     Stage,
+    Suffixes,
     TextPlan,
     TextShape,
 )
@@ -131,10 +134,11 @@ class _ChunkCompiler:
         attended = reached & free
         head_sets, head_adds = self.head_sets[layer], self.head_adds[layer]
         headed = free & (self._mask(head_sets[~head_sets.same]) | self._mask(head_adds))
-        computed = attended | headed
-        attention = self._attention(live, attended)
-        heads = self._heads(attended, computed, head_sets, head_adds)
-        stage_attn, live = self._stage(3 * layer + ATTN, live, reached | headed, computed, inner)
+        attention, columns = self._attention(live, attended)
+        columns = np.concatenate([columns, np.nonzero(headed & ~attended)], axis=1)
+        heads = self._heads(columns, int(attended.sum()), head_sets, head_adds)
+        stage_attn, live = self._stage(3 * layer + ATTN, live, reached | headed, attended | headed, inner)
+        stage_attn = replace(stage_attn, computed=self._tensor(self._slots(*columns)))
         stage_mlp, live = self._stage(3 * layer + MLP, live, live, live & ~self._mask(mlp), inner)
         nothing = np.zeros_like(live)
         stage_hidden, live = self._stage(3 * layer + HIDDEN, live, live, nothing, needed)
@@ -160,51 +164,56 @@ class _ChunkCompiler:
         )
         return stage, after
 
-    def _heads(self, attended: Mask, computed: Mask, sets: Entries, adds: Entries) -> HeadPatches | None:
-        sets, adds = (each[computed[each.run, each.token]] for each in (sets, adds))
+    def _heads(self, columns: Indices, attended: int, sets: Entries, adds: Entries) -> HeadPatches | None:
+        """``columns`` are the runs and tokens ``[2, n]`` whose result is projected, ``attended`` of them attended."""
+        number = np.full((len(self.start), self.shape.length), -1)
+        number[columns[0], columns[1]] = np.arange(columns.shape[1])
+        sets, adds = (each[number[each.run, each.token] >= 0] for each in (sets, adds))
         if not len(sets.run) and not len(adds.run):
             return None
-        number = np.cumsum(computed).reshape(computed.shape) - 1
-        based = computed & ~attended
         return HeadPatches(
-            int(computed.sum()),
-            self._tensor(number[attended]),
-            Rows(self._tensor(number[based]), self._tensor(np.nonzero(based)[1])),
+            self._tensor(columns[1, attended:]),
             self._by_source_and_head(sets, number),
             self._by_source_and_head(adds, number),
         )
 
-    def _attention(self, live: Mask, computed: Mask) -> Attention | None:
+    def _attention(self, live: Mask, computed: Mask) -> tuple[Attention | None, Indices]:
+        """The attention, and the runs and tokens ``[2, n]`` of what it computes, in its order."""
         length = self.shape.length
         reading = np.flatnonzero(computed.any(axis=1))
         if not len(reading):
-            return None
+            return None, np.zeros((2, 0), dtype=np.int64)
         first = live[reading].argmax(axis=1) if self.shape.causal else np.zeros_like(reading)
-        order = np.argsort(first, kind="stable")
-        reading, first = reading[order], first[order]
+        gapped = live[reading].sum(axis=1) < length - first
+        order = np.lexsort((first, gapped))
+        reading, first, gapped = reading[order], first[order], gapped[order]
+        whole, holed = self._suffixes(first[~gapped]), self._suffixes(first[gapped])
         run, token = np.nonzero(live[reading])
-        suffix_start = np.cumsum(length - first) - (length - first) - first
-        suffix_tokens = np.nonzero(np.arange(length) >= first[:, None])[1]
-        query_rows = suffix_start[run] + token
-        # Back to the order of the runs in the chunk, in which computed slots are listed.
-        where = np.zeros(len(live), dtype=np.int64)
-        where[reading] = suffix_start
-        chosen_run, chosen_token = np.nonzero(computed)
-        chosen = where[chosen_run] + chosen_token
-        starts, counts = np.unique(first, return_counts=True)
-        return Attention(
+        offset = np.cumsum(length - first) - length
+        filled = (offset[run] + token)[gapped[run]] - len(whole.tokens)
+        done, done_token = np.nonzero(computed[reading])
+        attention = Attention(
             Rows(self._tensor(self._slots(reading[run], token)), self._tensor(token)),
-            self._tensor(run * length + token),
-            self._unless_all(query_rows, len(suffix_tokens)),
-            self._tensor(suffix_tokens),
-            list(zip(starts.tolist(), counts.tolist(), strict=True)),
-            self._unless_all(chosen, len(suffix_tokens)),
+            whole,
+            holed,
+            self._tensor(filled),
+            self._unless_all(offset[done] + done_token, len(whole.tokens) + len(holed.tokens)),
         )
+        return attention, np.stack([reading[done], done_token])
+
+    def _suffixes(self, first: Indices) -> Suffixes:
+        """Of runs with ascending first tokens ``[n]``."""
+        length = self.shape.length
+        starts, counts = np.unique(first, return_counts=True)
+        groups = list(zip(starts.tolist(), counts.tolist(), (length - starts).tolist(), strict=True))
+        bounds = np.concatenate([[0], np.cumsum(length - first)]).astype(np.int32)
+        tokens = np.nonzero(np.arange(length) >= first[:, None])[1]
+        return Suffixes(groups, self._tensor(tokens), self._tensor(bounds))
 
     def _unless_all(self, rows: Indices, count: int) -> Tensor | None:
         return None if np.array_equal(rows, np.arange(count)) else self._tensor(rows)
 
-    def _tensor(self, array: Indices) -> Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
     def _slots(self, run: Indices, token: Indices) -> Indices:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class Stage:
 
     Attributes:
         join: enter the packed state with the base run's hidden state.
-        computed: slots that receive what the module computed.
+        computed: slots that receive what the module computed, in its order.
         based: receive the base run's value at the site.
         sets: receive a source's value, by source.
         adds: have a source's value added, by source.
@@ -88,26 +89,39 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One layer's attention over the runs that need it, in the order of their first live token.
-
-    Every run has queries from its first live token to the last: its *suffix*. Where an input there is not live (just
-    after the run joined) the base run's query, key and value fill the gap.
+class Suffixes:
+    """The last tokens of some runs, put end to end in the order of their first token: ``R`` in all.
 
     Attributes:
-        rows: the live inputs, ``R`` of them.
-        key_rows: where their keys go among ``runs x T``, ``[R]``.
-        query_rows: where their queries go among the suffixes, ``[R]``; ``None`` if they are all of them.
-        suffix_tokens: tokens of the suffixes, put end to end.
-        groups: (first live token, number of runs), ascending.
-        chosen: which suffix tokens are computed further; ``None`` for all.
+        groups: (first token, number of runs, tokens of each), by first token.
+        tokens: ``[R]``.
+        bounds: where each run begins, and the end: int32 ``[n + 1]``.
+    """
+
+    groups: list[tuple[int, int, int]]
+    tokens: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention over the runs that need it.
+
+    Every run has queries from its first live token to the last. Runs whose inputs there are all live come first. In the
+    others (just after they joined) the base run's query, key and value fill the gaps.
+
+    Attributes:
+        rows: the live inputs: of the whole runs, then of those with gaps.
+        whole: suffixes of the runs without gaps.
+        gapped: suffixes of the others.
+        filled: where the others' live inputs stand among ``gapped``.
+        chosen: which tokens of ``whole``, then ``gapped`` are computed further; ``None`` for all.
     """
 
     rows: Rows
-    key_rows: Tensor
-    query_rows: Tensor | None
-    suffix_tokens: Tensor
-    groups: list[tuple[int, int]]
+    whole: Suffixes
+    gapped: Suffixes
+    filled: Tensor
     chosen: Tensor | None
 
 
@@ -125,16 +139,13 @@ class HeadPatches:
     """Patches of single heads: they change an attention's result before its output projection.
 
     Attributes:
-        count: rows of the result, one for each slot that the stage computes.
-        attended: those that this layer's attention yields.
-        based: the others, which have joined for their patches and start from the base run's result.
+        based: tokens of runs that join for their patches: they start from the base run's result, after what was
+            attended.
         sets: heads that receive a source's value, by source.
         adds: heads that have a source's value added, by source.
     """
 
-    count: int
-    attended: Tensor
-    based: Rows
+    based: Tensor
     sets: list[tuple[int, HeadRows]]
     adds: list[tuple[int, HeadRows]]
 
@@ -189,8 +200,7 @@ class TextPlan:
         for layer in (layer for chunk in self.chunks for layer in chunk.layers):
             total += 2 * width**2 * len(layer.stages[ATTN].computed)
             if (attention := layer.attention) is not None:
-                readable = int((attention.suffix_tokens + 1).sum())
-                if not self.shape.causal:
-                    readable = len(attention.suffix_tokens) * self.shape.length
+                queries = torch.cat([attention.whole.tokens, attention.gapped.tokens])
+                readable = int((queries + 1).sum()) if self.shape.causal else len(queries) * self.shape.length
                 total += 6 * width**2 * len(attention.rows.slots) + 4 * width * readable
         return total

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..errors import ModelError, PatchError, SiteError
 from ..patch import Add, Patch, PatchSet, as_runs
 from ..sites import TEXT_PARTS, Site, canonical_path, head_sites, part_sites
-from .decoder import SUPPORTED, is_supported, word_embedding
+from .decoder import SUPPORTED, is_plainly_causal, is_supported, word_embedding
 from .values import given_value
 
 OUTPUTS = ("last", "penultimate", "pooled")
 BASES = ("corrupted", "clean")
+ATTENTIONS = ("grouped", "products", "ragged")
 
 Tokens = Tensor | Sequence[int]
 
@@ -40,6 +41,7 @@ class TextRequest:
         column: the only token that is returned, or ``None`` for all.
         answers: ids ``[A]`` of the logits that are returned, or ``None``.
         max_rows: packed tokens that pass through the model together, or ``None`` for the device's own.
+        attention: one of `ATTENTIONS`, or ``None`` for the quickest.
         out: where the restored runs go, ``[S, N, T, D]``, or ``None``.
         sampled: whether the noise came with a sample dimension, and results go back with one.
     """
@@ -57,6 +59,7 @@ class TextRequest:
     column: int | None
     answers: Tensor | None
     max_rows: int | None
+    attention: str | None
     out: Tensor | None
     sampled: bool
 
@@ -83,6 +86,7 @@ def text_request(
     clip_skip: int | None = None,
     dtype: torch.dtype | None = None,
     max_rows: int | None = None,
+    attention: str | None = None,
     out: Tensor | None = None,
     answers: Tokens | None = None,
     position: int | None = None,
@@ -134,6 +138,7 @@ def text_request(
         column,
         None if output != "logits" else _checked_answers(encoder, answers),
         max_rows,
+        _checked_attention(encoder, attention),
         _checked_out(out, column, (*noise.shape[:-2], len(runs), length, width), embedding),
         noise.ndim == 3,
     )
@@ -217,6 +222,17 @@ def _checked_answers(model: Any, answers: Tokens | None) -> Tensor:
     if getattr(model, "lm_head", None) is None:
         raise ModelError(f"{type(model).__name__} has no language-modelling head: expected a model with an lm_head")
     return _checked_ids("answers", answers if answers is not None else (), model.lm_head.weight)
+
+
+def _checked_attention(encoder: Any, attention: str | None) -> str | None:
+    if attention is not None and attention not in ATTENTIONS:
+        raise ModelError(f"attention={attention!r}: expected one of {', '.join(ATTENTIONS)}")
+    if attention == "ragged" and not is_plainly_causal(encoder):
+        raise ModelError(
+            f'attention="ragged" is causal and adds nothing to the scores, unlike that of {type(encoder).__name__}: '
+            'use "grouped"'
+        )
+    return attention
 
 
 def _checked_out(out: Tensor | None, column: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:

@@ -93,10 +93,13 @@ class Op:
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         """Run the op. ``implementation`` overrides the choice, and is an error where the op has no such one."""
-        if implementation is None:
-            arch = architecture(args[0])
-            implementation = choose(self.name, self.shape_class(*args, **kwargs), arch, self.implementations, self.safe)
-        return self.implementations[known(self.name, implementation, self.implementations)](*args, **kwargs)
+        name = self.chosen(*args, **kwargs) if implementation is None else implementation
+        return self.implementations[known(self.name, name, self.implementations)](*args, **kwargs)
+
+    def chosen(self, *args: Any, **kwargs: Any) -> str:
+        """The implementation that runs on these arguments when a call names none."""
+        shape_class = self.shape_class(*args, **kwargs)
+        return choose(self.name, shape_class, architecture(args[0]), self.implementations, self.safe)
 
 
 def architecture(operand: Tensor | Sequence[Tensor]) -> int | None:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import fasttrace as ft
-from fasttrace.engine import linear
+from fasttrace.engine import linear, suffix_attention
 from fasttrace.engine.packed_text import plan_of
 from fasttrace.engine.text import TextTrace, text_request, trace_logits, trace_text_parts
 from fasttrace.sites import head_sites, part_sites
-from tests.engine.text_models import ALL, CLIP, EOS, LANGUAGE, LENGTH, VOCABULARY, text_model
+from tests.engine.text_models import ALL, CLIP, EOS, LANGUAGE, LENGTH, T5, VOCABULARY, text_model
 
 WIDTH = 16
 IDS = torch.tensor([48, 3, 4, 5, 6, 7, EOS, EOS, EOS])
@@ -86,6 +86,7 @@ def test_any_mix_of_patches(name: str, data: st.DataObject) -> None:
         "base": data.draw(st.sampled_from(("corrupted", "clean"))),
         "output": data.draw(st.sampled_from(("last", "penultimate", *(("pooled",) if name in CLIP else ())))),
         "attention_mask": data.draw(st.sampled_from(MASKS)),
+        "attention": data.draw(st.sampled_from((None, "products", *(() if name in T5 else ("ragged",))))),
         "noise": noise(data.draw(seeds), data.draw(st.sampled_from(((3, 4), (0,), (2, 7), (8,))))),
     }
     assert_equal(trace(model, patches, "fast", **options), trace(model, patches, "oracle", **options))
@@ -113,6 +114,30 @@ def test_all_heads_of_an_attention_are_that_attention(name: str) -> None:
     restored = trace(model, runs, "fast").restored
     torch.testing.assert_close(restored[:, ::2], restored[:, 1::2], rtol=1e-12, atol=1e-12)
     assert float((restored - restored[:, :1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ["clip", "qwen2", "t5"])
+def test_every_way_to_attend(name: str, mask: list[int] | None) -> None:
+    """Ragged: the call that reaches the Triton kernel on a GPU, here by the op's implementation in torch."""
+    model = text_model(name)
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    oracle = trace(model, cells, "oracle", attention_mask=mask)
+    for attention in ("grouped", "products", *(() if name in T5 else ("ragged",))):
+        assert_equal(trace(model, cells, "fast", attention_mask=mask, attention=attention), oracle)
+
+
+def test_the_ops_plain_reference_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen as a user chooses it."""
+    monkeypatch.setenv("FASTTRACE_IMPL", "ragged_prefix_attention=reference")
+    calls = []
+    op = suffix_attention.ragged_prefix_attention
+    monkeypatch.setattr(suffix_attention, "ragged_prefix_attention", lambda *a: calls.append(op.chosen(*a)) or op(*a))
+    model = text_model("clip-projection")
+    cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
+    fast = trace(model, cells, "fast", attention="ragged", noise=noise(0)[:1])
+    assert_equal(fast, trace(model, cells, "oracle", noise=noise(0)[:1]))
+    assert set(calls) == {"reference"}
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-legacy", "clip-projection", "t5", "t5-gated", "llama"])

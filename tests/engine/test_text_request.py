@@ -58,6 +58,7 @@ def engine(request: pytest.FixtureRequest) -> str:
         ),
         (PatchError, "out is torch.float32", {"out": torch.zeros(3)}),
         (ModelError, "expected one of last, penultimate, pooled", {"output": "first"}),
+        (ModelError, "expected one of grouped, products, ragged", {"attention": "fast"}),
         (ModelError, "clip_skip=3: expected 0 to 2", {"clip_skip": 3}),
         (ModelError, "clip_skip=1 with the pooled", {"clip_skip": 1, "output": "pooled"}),
         (ModelError, 'expected "fast" or "oracle"', {"engine": "quick"}),
@@ -85,6 +86,11 @@ def test_models_that_are_not_supported_are_named_with_those_that_are() -> None:
 def test_only_clip_has_a_pooled_output(name: str) -> None:
     with pytest.raises(ModelError, match="no pooled output"):
         ft.trace_text(text_model(name), IDS, [], NOISE, output="pooled")
+
+
+def test_the_ragged_op_is_for_causal_models() -> None:
+    with pytest.raises(ModelError, match='unlike that of T5EncoderModel: use "grouped"'):
+        ft.trace_text(text_model("t5"), IDS, [], NOISE, attention="ragged")
 
 
 def test_logits_need_a_head_and_answers() -> None:

@@ -67,6 +67,7 @@ _BUILD = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=6)),
 }
 CLIP = ("clip", "clip-projection", "clip-legacy")
+T5 = ("t5", "t5-gated")
 LANGUAGE = ("gpt2", "llama", "qwen2", "qwen3")
 ALL = tuple(_BUILD)
 
