@@ -10,7 +10,7 @@ from torch import Tensor
 from .trajectory import Trajectories
 from .unet_calls import UNetCalls
 from .unet_request import UNetRequest
-from .unet_runs import Group, Key, Row, corrupted_alone, distinct_runs, forced_rows, free_rows
+from .unet_runs import Group, Key, Row, corrupted_alone, distinct_runs, forced_rows, free_rows, waves
 
 Progress = Callable[[int], None]
 Output = tuple[Tensor, Tensor, Tensor]
@@ -124,7 +124,7 @@ def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
     request = groups[0].request
     branch = request.branches - 1
     lanes = [Lane(corrupted_alone(group)) for group in groups]
-    rows: list[Row] = []
+    parts: list[list[Row]] = []
     alias: dict[Key, Key] = {}
     inputs: dict[Key, Tensor] = {}
     timesteps: dict[Key, Tensor] = {}
@@ -132,15 +132,17 @@ def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
     for step in range(request.steps):
         read, said = _advance(lanes, step, calls)
         timestep = lanes[0].trajectories.timesteps[step]
+        parts.append([])
         for group in groups:
             outputs[group.index, 1, branch, step] = said[group.index, 0, branch, 0]
             own, same = forced_rows(group, step, calls.joins)
-            rows += own
+            parts[-1] += own
             alias |= same
             inputs |= {row.key: read[group.index, 0, branch, 0] for row in own}
             timesteps |= dict.fromkeys((row.key for row in own), timestep)
     # Steps are independent now that the trajectory is known, so their rows share calls.
-    outputs = calls.run(rows, inputs, timesteps) | outputs
+    for rows in waves(parts, calls.parents):
+        outputs = calls.run(rows, inputs, timesteps) | outputs
     outputs |= {key: outputs[same] for key, same in alias.items()}
     return [_by_run(group, branch, outputs) for group in groups]
 

@@ -19,10 +19,8 @@ from .unet_patch import Cache
 from .unet_plan import CallPlan, plan_calls, site_order
 from .unet_request import UNetRequest, site_shape
 from .unet_runs import Key, Row
+from .unet_stream import Trail
 from .unet_units import flat_units, has_hooks, text_keys
-
-JOINING_BATCH = 4
-"""Rows of a call from which it pays to have a parent in it for the sake of rows that join."""
 
 
 class UNetCalls:
@@ -30,6 +28,7 @@ class UNetCalls:
 
     Attributes:
         joins: whether rows may join a call at their site.
+        parents: most rows whose states may be kept at once for others to join.
         texts_of: for each request the row of each of its conditions in the table of all conditions.
     """
 
@@ -67,7 +66,8 @@ class UNetCalls:
             shapes = {name: site_shape(request.pipe.unet, name, self._size) for name in names}
             mode = request.compile if isinstance(request.compile, str) else None
             self._compiled = CompiledUNet(self._model, shapes, mode)
-        self.joins = units is not None and self._batch.rows >= JOINING_BATCH
+        self.joins = units is not None
+        self.parents = self._batch.parents
         self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
     def run(self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor]) -> dict[Key, Tensor]:
@@ -97,19 +97,21 @@ class UNetCalls:
         self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor], outputs: dict[Key, Tensor]
     ) -> None:
         cache: Cache = {}
+        trail: Trail = {}
         latents = self._request.latents
         for plan in self._plans(rows):
-            roots = plan.rows[: plan.roots]
-            times = [timesteps[row.key] for row in roots]
+            samples = [inputs[row.key] for row in plan.rows[: plan.roots]]
+            sample = torch.stack(samples) if samples else latents.new_empty(0, *latents.shape)
+            times = [timesteps[row.key] for row in plan.rows]
             call = CallInputs(
-                torch.stack([inputs[row.key] for row in roots]).to(self._dtype, memory_format=torch.channels_last),
+                sample.to(self._dtype, memory_format=torch.channels_last),
                 torch.stack(times[:1] if all(time is times[0] for time in times) else times),
                 torch.tensor([row.text for row in plan.rows], device=latents.device),
             )
             if self._compiled is not None and plan.lockstep:
                 output = self._compiled(call, plan)
             else:
-                output = call_unet(self._model, call, plan, cache)
+                output = call_unet(self._model, call, plan, cache, trail)
             for row, value in zip(plan.rows, output.to(latents.dtype), strict=True):
                 outputs.setdefault(row.key, value)
             for spent in plan.spent:

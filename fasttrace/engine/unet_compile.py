@@ -20,6 +20,7 @@ from ..ops.restore import KEEP, restore
 from .unet_forward import CallInputs, Model, Texts, flat_forward
 from .unet_patch import given_table
 from .unet_plan import CallPlan, Round
+from .unet_stream import Joins
 from .unet_units import flat_units
 from .values import from_positions, to_positions
 
@@ -60,8 +61,7 @@ class CompiledUNet:
         if plan not in self._dense:
             self._dense[plan] = self._maps(plan, padded), self._banks(plan, inputs)
         maps, banks = self._dense[plan]
-        index = torch.arange(padded, device=inputs.text.device)
-        taken = index.clamp(max=rows - 1)
+        taken = torch.arange(padded, device=inputs.text.device).clamp(max=rows - 1)
         texts = self._model.texts
         with cache_folder(), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
             output = self._graph(
@@ -71,7 +71,6 @@ class CompiledUNet:
                 (texts.embeds, texts.pooled, texts.time_ids),
                 self._model.keys,
                 self._model.guidance,
-                index,
                 maps,
                 banks,
             )
@@ -80,7 +79,7 @@ class CompiledUNet:
 
     def _maps(self, plan: CallPlan, padded: int) -> Maps:
         """``[padded, P]`` source maps, as many at every site."""
-        rows, device = len(plan.rows), plan.parents.device
+        rows, device = len(plan.rows), self._model.texts.embeds.device
         count = max((len(site.rounds) for site in plan.sites.values()), default=1)
         maps: Maps = {}
         for name, shape in self._shapes.items():
@@ -128,17 +127,16 @@ def _graph(unet: Any) -> Graph:
         texts: tuple[Tensor, Tensor | None, Tensor | None],
         keys: dict[str, tuple[Tensor, Tensor]],
         guidance: Tensor | None,
-        index: Tensor,
         maps: Maps,
         banks: Banks,
     ) -> Tensor:
-        def at_site(site: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        def at_site(site: str, value: Tensor) -> Tensor:
             for codes in maps.get(site, ()):
                 value = from_positions(restore(to_positions(value), codes, banks.get(site)), value)
-            return value, None
+            return value
 
         model = Model(unet, units, Texts(*texts), keys, guidance, False)
-        return flat_forward(model, CallInputs(sample, timesteps, text), index, at_site)
+        return flat_forward(model, CallInputs(sample, timesteps, text), at_site, Joins(), {})
 
     return graph
 

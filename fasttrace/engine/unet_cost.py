@@ -19,11 +19,13 @@ class UNetCost:
             they are computed once for all steps.
         flops_to: by site, of what is computed by the time the site's value is there.
         widest: numbers that are alive at once where memory is highest, skip connections included.
+        trail: numbers that a row leaves behind for rows that join it, if they do so at every site.
     """
 
     flops: float
     flops_to: dict[str, float]
     widest: int
+    trail: int
 
     def suffix(self, site: str) -> float:
         """Share of a forward that remains for a row that joins at a site."""
@@ -34,7 +36,7 @@ class _Counter:
     def __init__(self, tokens: int) -> None:
         self.flops, self.flops_to = 0.0, dict[str, float]()
         self.skips: list[int] = []
-        self.widest, self._tokens = 0, tokens
+        self.widest, self.trail, self._tokens = 0, 0, tokens
 
     def weights(self, module: nn.Module, pixels: int) -> None:
         """Every linear and convolution layer inside a module, applied at ``pixels`` positions."""
@@ -45,8 +47,14 @@ class _Counter:
     def alive(self, numbers: int) -> None:
         self.widest = max(self.widest, numbers + sum(self.skips))
 
-    def site(self, name: str) -> None:
+    def site(self, name: str, numbers: int) -> None:
+        """A site, and how many numbers are its value and what that is added to."""
         self.flops_to[f"unet.{name}"] = self.flops
+        self.trail += numbers
+
+    def skip(self, numbers: int) -> None:
+        self.skips.append(numbers)
+        self.trail += numbers
 
     def resnet(self, name: str, module: Any, pixels: int) -> None:
         convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
@@ -54,7 +62,7 @@ class _Counter:
             self.weights(layer, pixels)
         # Input, its normalised copy and activation, and the first convolution's output.
         self.alive(pixels * (3 * module.conv1.weight.shape[1] + module.conv1.weight.shape[0]))
-        self.site(name)
+        self.site(name, pixels * module.conv2.weight.shape[0])
 
     def attention(self, path: str, module: Any, pixels: int) -> None:
         self.weights(module.proj_in, pixels)
@@ -72,14 +80,15 @@ class _Counter:
                 length = self._tokens if crosses else pixels
                 self.flops += 4 * pixels * length * width
                 self.alive(pixels * 6 * width)
-                self.site(f"{inner}.{name}")
+                self.site(f"{inner}.{name}", 2 * pixels * width)
             self.weights(block.ff, pixels)
             # Two residuals, the input and its normalised copy; value and gate, the gate's activation, their product.
             self.alive(pixels * (4 * width + 4 * block.ff.net[2].weight.shape[1]))
-            self.site(f"{inner}.ff")
-            self.site(inner)
+            self.site(f"{inner}.ff", 2 * pixels * width)
+            self.site(inner, pixels * width)
         self.weights(module.proj_out, pixels)
-        self.site(path)
+        # Its value, and the residual from where the block began.
+        self.site(path, 2 * pixels * module.proj_out.weight.shape[0])
 
 
 def unet_cost(unet: Any, size: Size, tokens: int) -> UNetCost:
@@ -96,14 +105,14 @@ def unet_cost(unet: Any, size: Size, tokens: int) -> UNetCost:
         levels.append((-(-levels[-1][0] // 2), -(-levels[-1][1] // 2)))
     pixels = [height * width for height, width in levels]
     counter.weights(unet.conv_in, pixels[0])
-    counter.skips.append(unet.conv_in.weight.shape[0] * pixels[0])
+    counter.skip(unet.conv_in.weight.shape[0] * pixels[0])
     for level, block in enumerate(unet.down_blocks):
         for index in range(len(block.resnets)):
             width = _pair(counter, f"down_blocks.{level}", block, index, pixels[level])
-            counter.skips.append(width * pixels[level])
+            counter.skip(width * pixels[level])
         for sampler in block.downsamplers or ():
             counter.weights(sampler.conv, pixels[level + 1])
-            counter.skips.append(width * pixels[level + 1])
+            counter.skip(width * pixels[level + 1])
     mid = unet.mid_block
     for index in range(len(mid.resnets) if mid is not None else 0):
         if index:
@@ -117,7 +126,7 @@ def unet_cost(unet: Any, size: Size, tokens: int) -> UNetCost:
         for sampler in block.upsamplers or ():
             counter.weights(sampler.conv, pixels[level - 1])
     counter.weights(unet.conv_out, pixels[0])
-    return UNetCost(counter.flops, counter.flops_to, counter.widest)
+    return UNetCost(counter.flops, counter.flops_to, counter.widest, counter.trail)
 
 
 def _pair(counter: _Counter, path: str, block: Any, index: int, pixels: int) -> int:

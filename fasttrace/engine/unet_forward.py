@@ -13,7 +13,8 @@ from ..pipeline import Condition
 from .oracle import hooks
 from .unet_patch import Cache, patch_site
 from .unet_plan import CallPlan, SitePlan
-from .unet_units import AtSite, Stream, Unit
+from .unet_stream import AtSite, Joins, Stream, Trail
+from .unet_units import Unit
 from .values import first, with_first
 
 
@@ -48,7 +49,7 @@ class CallInputs:
 
     Attributes:
         sample: ``[R, C, h, w]``, of the rows that are there from the start.
-        timesteps: ``[R]``, or ``[1]`` where all rows are at the same.
+        timesteps: ``[B]`` of all rows, or ``[1]`` where they are at the same.
         text: ``[B]`` index into the conditions, of all rows.
     """
 
@@ -78,46 +79,54 @@ class Model:
     observed: bool
 
 
-def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
+def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, trail: Trail) -> Tensor:
     """The UNet's output ``[B, C, h, w]`` for all rows of a plan."""
     if model.units is None:
         return _hooked(model, inputs, plan, cache)
 
-    def at_site(site: str, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    def at_site(site: str, value: Tensor) -> Tensor:
         here = plan.sites.get(site)
         if here is None:
-            return value, None
-        return patch_site(value.clone() if model.observed else value, site, here, cache), here.joined
+            return value
+        return patch_site(value.clone() if model.observed else value, site, here, cache)
 
-    return flat_forward(model, inputs, plan.parents, at_site)
+    return flat_forward(model, inputs, at_site, plan.joins, trail)
 
 
-def flat_forward(model: Model, inputs: CallInputs, parents: Tensor, at_site: AtSite) -> Tensor:
-    """The units one after another; what diffusers' ``UNet2DConditionModel.forward`` does around its blocks."""
-    unet, text = model.unet, inputs.text
-    roots = text[: inputs.sample.shape[0]]
-    sample = inputs.sample[: inputs.timesteps.shape[0]]
-    time = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=inputs.timesteps), model.guidance)
+def flat_forward(model: Model, inputs: CallInputs, at_site: AtSite, joins: Joins, trail: Trail) -> Tensor:
+    """The units one after another; what diffusers' ``UNet2DConditionModel.forward`` does around its blocks.
+
+    A call without rows at its beginning begins at the first site where some enter.
+    """
+    unet, text, units = model.unet, inputs.text, model.units or []
+    rows = inputs.sample.new_empty(inputs.timesteps.shape[0])
+    time = unet.time_embedding(unet.get_time_embed(sample=rows, timestep=inputs.timesteps), model.guidance)
     extra = unet.get_aug_embed(
-        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(roots)
+        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(text)
     )
     if extra is not None:
         time = time + extra
     if unet.time_embed_act is not None:
         time = unet.time_embed_act(time)
     multiple = 2**unet.num_upsamplers
+    begins = not inputs.sample.shape[0]
+    first = next(place for place, unit in enumerate(units) if unit.site in joins.entering) if begins else 0
     stream = Stream(
-        x=unet.conv_in(inputs.sample),
-        time=time if time.shape[0] == 1 else time[parents],
+        x=inputs.sample if begins else unet.conv_in(inputs.sample),
+        time=time,
         text=text,
         keys=model.keys,
         embeds=model.texts.embeds,
-        parents=parents,
         at_site=at_site,
         resize=any(side % multiple for side in inputs.sample.shape[2:]),
+        joins=joins,
+        trail=trail,
+        skips=[None] * sum(unit.keeps for unit in units[:first]),
     )
-    for unit in model.units or ():
-        unit(stream)
+    for place, unit in enumerate(units[first:]):
+        value = None if begins and not place else unit.run(stream)
+        if unit.site:
+            stream.arrive(unit.site, value, unit.adds)
     x = stream.x
     if unet.conv_norm_out is not None:
         x = unet.conv_act(unet.conv_norm_out(x))

@@ -17,20 +17,15 @@ Cache = dict[tuple[Key, str], Tensor]
 
 
 def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor:
-    """Record, join and overwrite rows of one site's value.
+    """Record and overwrite rows of one site's value.
 
     Args:
-        value: ``[B, P, D]`` or ``[B, C, h, w]``; overwritten in place where no row joins.
+        value: ``[B, P, D]`` or ``[B, C, h, w]``; overwritten in place.
         cache: written for the rows that later calls read; read for the slots that earlier calls wrote.
-
-    Returns:
-        The value of all rows, joined ones last.
     """
     if plan.record:
         rows = to_positions(value)[[row for row, _ in plan.record]].clone()
         cache.update({(key, site): row for (_, key), row in zip(plan.record, rows, strict=True)})
-    if plan.joined is not None:
-        value = torch.cat([value, value[plan.joined]])
     if plan.rounds:
         bank = slot_bank(value, site, plan, cache)
         for one in plan.rounds:

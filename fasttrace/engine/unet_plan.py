@@ -16,6 +16,7 @@ from ..patch import ZERO as ZERO_SOURCE
 from ..patch import Add, Noise, Patch
 from ..sites import unet_order
 from .unet_runs import Key, Row
+from .unet_stream import Joins
 
 Codes = NDArray[np.int32]
 Slot = Patch | tuple[Key, str]
@@ -41,10 +42,9 @@ class Round:
 
 @dataclass
 class SitePlan:
-    """What happens at one site in one call, in this order: values recorded, rows joined, source maps applied."""
+    """What happens at one site in one call, in this order: values recorded, source maps applied."""
 
     record: list[tuple[int, Key]] = field(default_factory=list)
-    joined: Tensor | None = None
     rounds: list[Round] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     bank: Tensor | None = None
@@ -58,7 +58,7 @@ class CallPlan:
     Attributes:
         rows: rows that are there from the start, then those that join, in the order in which they do.
         roots: how many are there from the start.
-        parents: ``[len(rows)]`` row that each joins; its own index for a root.
+        joins: how the others join.
         sites: by name; a site where nothing happens is absent.
         spent: values of earlier calls that no later call reads.
         lockstep: whether no row joins and no value crosses calls, as a compiled graph needs it.
@@ -66,7 +66,7 @@ class CallPlan:
 
     rows: list[Row]
     roots: int
-    parents: Tensor
+    joins: Joins
     sites: dict[str, SitePlan]
     spent: list[tuple[Key, str]]
     lockstep: bool
@@ -89,38 +89,60 @@ def joining_site(row: Row, order: dict[str, int]) -> str:
     return min((patch.site for patch, _ in row.patches), key=order.__getitem__)
 
 
-def pack(rows: Sequence[Row], budget: int, lockstep: bool = False) -> list[list[Row]]:
-    """Cut rows into calls of at most ``budget`` rows.
+def pack(rows: Sequence[Row], budget: int, order: dict[str, int], lockstep: bool = False) -> list[list[list[Row]]]:
+    """Cut rows into calls of at most ``budget`` rows, of nearly equal size: sections of calls that share values.
 
-    A row that joins needs its parent in the same call, and is computed again where the parent is elsewhere. A row that
-    copies from another takes a recorded value where that is elsewhere: one row's values at the patched sites, kept for
-    one step, cost less than computing it again.
+    Roots come first, then the rows that join, by the site where they do: so calls are full from their beginning to
+    their end. Across the calls of a section, a row that joins enters with its parent's state, and a row that copies
+    from another takes its recorded value: one row's values at the patched sites, kept until they are read, cost less
+    than computing it again.
 
     Args:
         rows: a row that others copy from comes before them.
-        budget: most rows of a call; a row and those that it needs may be more.
-        lockstep: keep rows that join in calls of their own, and have sources computed again as well, since a compiled
-            graph neither grows nor gives out values. Calls are filled one after another, to need few graphs; otherwise
-            they are of nearly equal size.
+        budget: most rows of a call; with ``lockstep``, a row and those that it copies from may be more.
+        order: of the sites, from `site_order`.
+        lockstep: since a compiled graph neither lets rows join nor gives out values, rows that join are a section of
+            their own, with the roots that they need, and the other roots' calls compute their sources again.
     """
-    by_key = {row.key: row for row in rows}
-    joining = [row for row in rows if lockstep and row.parent is not None]
+    roots = [row for row in rows if row.parent is None]
+    joiners = sorted((row for row in rows if row.parent is not None), key=lambda row: order[joining_site(row, order)])
+    if not lockstep:
+        return [_even(roots + joiners, budget)]
+    needed = {key for row in joiners for key in (row.parent, *(source for _, source in row.patches))}
+    answered = [row for row in roots if row.key in needed]
+    others = [row for row in roots if row.key not in needed] if joiners else roots
+    by_key = {row.key: row for row in roots}
+    return [_even(answered + joiners, budget), *([call] for call in _self_contained(others, by_key, budget))]
+
+
+def _even(rows: list[Row], budget: int) -> list[list[Row]]:
+    calls = -(-len(rows) // budget)
+    size = -(-len(rows) // max(1, calls))
+    return [rows[start : start + size] for start in range(0, len(rows), size or 1)]
+
+
+def _self_contained(rows: list[Row], by_key: dict[Key, Row], budget: int) -> list[list[Row]]:
+    """Calls that hold what their rows copy from, with the fewest rows in the largest."""
+    calls = _filled(rows, by_key, budget)
+    for size in range(-(-len(rows) // max(1, len(calls))), budget):
+        smaller = _filled(rows, by_key, size)
+        if len(smaller) == len(calls):
+            return smaller
+    return calls
+
+
+def _filled(rows: list[Row], by_key: dict[Key, Row], size: int) -> list[list[Row]]:
     calls: list[list[Row]] = []
-    for part in (joining, [row for row in rows if not lockstep or row.parent is None]):
-        target = budget if lockstep else -(-len(part) // -(-len(part) // budget)) if part else 0
-        present: set[Key] | None = None
-        for row in part:
-            needs = {row.parent} if row.parent is not None else set()
-            if lockstep:
-                needs |= {source for _, source in row.patches if source is not None}
-            if present is None or len(present | needs) >= max(target, 1 + len(needs)):
-                calls.append([])
-                present = set()
-            for key in sorted(needs - present):
-                calls[-1].append(by_key[key])
-            if row.key not in present:
-                calls[-1].append(row)
-            present |= {row.key, *needs}
+    present: set[Key] = set()
+    for row in rows:
+        needs = {source for _, source in row.patches if source is not None}
+        if not calls or len(present | needs | {row.key}) > max(size, 1 + len(needs)):
+            calls.append([])
+            present = set()
+        calls[-1] += [by_key[key] for key in sorted(needs - present)]
+        if row.key not in present:
+            calls[-1].append(row)
+        present |= {row.key, *needs}
     return calls
 
 
@@ -142,60 +164,81 @@ def plan_calls(
         device: of the plan's tensors.
         lockstep: as in `pack`.
     """
-    packed = pack(rows, budget, lockstep)
+    return [
+        plan for calls in pack(rows, budget, order, lockstep) for plan in _plan_section(calls, order, positions, device)
+    ]
+
+
+def _plan_section(
+    calls: list[list[Row]], order: dict[str, int], positions: Callable[[str], int], device: torch.device
+) -> list[CallPlan]:
     computed_in: dict[Key, int] = {}
-    for number, call in enumerate(packed):
+    for number, call in enumerate(calls):
         for row in call:
             computed_in.setdefault(row.key, number)
     crossing: dict[tuple[Key, str], int] = {}
-    for number, call in enumerate(packed):
+    for number, call in enumerate(calls):
         present = {row.key for row in call if row.parent is None}
         for row in call:
             for patch, source in row.patches:
                 if source is not None and source not in present:
                     crossing[source, patch.site] = number
+    joiners = [row for call in calls for row in call if row.parent is not None]
+    leaving = {row.parent for row in joiners}
+    sites = frozenset(joining_site(row, order) for row in joiners)
     plans = []
-    for number, call in enumerate(packed):
+    for number, call in enumerate(calls):
         recorded = [item for item in crossing if computed_in[item[0]] == number]
         spent = [item for item, last in crossing.items() if last == number]
-        plans.append(_plan_call(call, recorded, spent, order, positions, device))
+        joins = _joins(call, leaving, sites, order, device)
+        plans.append(_plan_call(call, joins, recorded, spent, order, positions, device))
     return plans
+
+
+def _joins(
+    rows: list[Row], leaving: set[Key | None], sites: frozenset[str], order: dict[str, int], device: torch.device
+) -> Joins:
+    entering: dict[str, int] = {}
+    for row in rows:
+        if row.parent is not None:
+            site = joining_site(row, order)
+            entering[site] = entering.get(site, 0) + 1
+    places = [number for number, row in enumerate(rows) if row.key in leaving]
+    return Joins(
+        [row.parent for row in rows],
+        entering,
+        [rows[number].key for number in places],
+        torch.tensor(places, device=device) if places else None,
+        sites if places else frozenset(),
+    )
 
 
 def _plan_call(
     rows: list[Row],
+    joins: Joins,
     recorded: list[tuple[Key, str]],
     spent: list[tuple[Key, str]],
     order: dict[str, int],
     positions: Callable[[str], int],
     device: torch.device,
 ) -> CallPlan:
-    roots = [row for row in rows if row.parent is None]
-    joiners = sorted((row for row in rows if row.parent is not None), key=lambda row: order[joining_site(row, order)])
-    ordered = roots + joiners
-    index = {row.key: number for number, row in enumerate(ordered)}
-    parents = [index[row.key if row.parent is None else row.parent] for row in ordered]
-    joining: dict[str, list[int]] = {}
-    for number in range(len(roots), len(ordered)):
-        joining.setdefault(joining_site(ordered[number], order), []).append(number)
+    index = {row.key: number for number, row in enumerate(rows)}
+    roots = sum(row.parent is None for row in rows)
     by_site: dict[str, list[int]] = {}
-    for number, row in enumerate(ordered):
+    for number, row in enumerate(rows):
         for site in dict.fromkeys(patch.site for patch, _ in row.patches):
             by_site.setdefault(site, []).append(number)
     sites: dict[str, SitePlan] = {}
     for key, site in recorded:
         sites.setdefault(site, SitePlan()).record.append((index[key], key))
-    alive = len(roots)
+    alive = roots
     for site in sorted(by_site, key=order.__getitem__):
+        alive += joins.entering.get(site, 0)
         plan = sites.setdefault(site, SitePlan())
-        joined = joining.get(site, [])
-        if joined:
-            plan.joined = torch.tensor([parents[number] for number in joined], device=device)
-        alive += len(joined)
-        _add_rounds(plan, site, by_site[site], ordered, index, alive, positions(site), device)
+        _add_rounds(plan, site, by_site[site], rows, index, alive, positions(site), device)
     crosses = any(plan.record or any(isinstance(slot, tuple) for slot in plan.slots) for plan in sites.values())
-    lockstep = len(roots) == len(ordered) and not crosses
-    return CallPlan(ordered, len(roots), torch.tensor(parents, device=device), sites, spent, lockstep)
+    lockstep = roots == len(rows) and not crosses and not joins.leaving
+    return CallPlan(rows, roots, joins, sites, spent, lockstep)
 
 
 def _add_rounds(

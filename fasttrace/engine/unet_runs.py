@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -161,6 +161,18 @@ def forced_rows(group: Group, step: int, joins: bool) -> tuple[list[Row], dict[K
             read.add(run.base)
     read |= set(group.results)
     return _resolve([row for row in rows if row.key[1] in read or row.patches], alias)
+
+
+def waves(parts: Iterable[list[Row]], parents: int) -> Iterator[list[Row]]:
+    """Rows of several steps together, as many as are joined at ``parents`` rows at most, though at least a step's."""
+    wave: list[Row] = []
+    for part in parts:
+        if wave and len({row.parent for row in (*wave, *part)} - {None}) > parents:
+            yield wave
+            wave = []
+        wave = wave + part
+    if wave:
+        yield wave
 
 
 def _patches_at(group: Group, run: Run, step: int, branch: int, key_step: int) -> Iterator[tuple[Patch, Key | None]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from .memory import row_bytes
-from .unet_calls import JOINING_BATCH, batch_size, call_rows, cost_of
+from .unet_calls import batch_size, call_rows, cost_of
 from .unet_plan import joining_site, pack, site_order
 from .unet_request import UNetRequest
-from .unet_runs import Group, Row, corrupted_alone, distinct_runs, forced_rows, free_rows
+from .unet_runs import Group, Row, corrupted_alone, distinct_runs, forced_rows, free_rows, waves
 
 
 def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]:
@@ -20,8 +21,9 @@ def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]
     for index, one in enumerate(requests):
         groups.append(distinct_runs(index, one, dict.fromkeys([*one.conditions, None], 0)))
     forwards, rows, largest = 0.0, 0, 0
-    for part in _steps(groups, batch.rows >= JOINING_BATCH):
-        for call in pack(part, *call_rows(batch.rows, bool(request.compile))):
+    budget, lockstep = call_rows(batch.rows, bool(request.compile))
+    for part in _steps(groups, batch.parents):
+        for call in chain.from_iterable(pack(part, budget, order, lockstep)):
             rows += len(call)
             largest = max(largest, len(call))
         forwards += sum(1.0 if row.parent is None else cost.suffix(joining_site(row, order)) for row in part)
@@ -29,13 +31,15 @@ def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]
     return sum(len(group.runs) for group in groups), forwards, rows, forwards * cost.flops, memory
 
 
-def _steps(groups: Sequence[Group], joins: bool) -> Iterator[list[Row]]:
+def _steps(groups: Sequence[Group], parents: int) -> Iterator[list[Row]]:
     """Rows that the engine hands out together."""
     steps = range(groups[0].request.steps)
     if groups[0].request.protocol == "free":
         for step in steps:
-            yield [row for group in groups for row in free_rows(group, step, joins)[0]]
+            yield [row for group in groups for row in free_rows(group, step, True)[0]]
         return
     for step in steps:
-        yield [row for group in groups for row in free_rows(corrupted_alone(group), step, joins)[0]]
-    yield [row for step in steps for group in groups for row in forced_rows(group, step, joins)[0]]
+        yield [row for group in groups for row in free_rows(corrupted_alone(group), step, True)[0]]
+    yield from waves(
+        ([row for group in groups for row in forced_rows(group, step, True)[0]] for step in steps), parents
+    )

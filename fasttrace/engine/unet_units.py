@@ -8,65 +8,33 @@ for a UNet with anything else in it, which then runs by hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-Unit = Callable[["Stream"], None]
-AtSite = Callable[[str, Tensor], tuple[Tensor, Tensor | None]]
-"""Called with a site and its value; returns the value of all rows that are there afterwards, and the parents of those
-that joined."""
+from .unet_stream import Stream
 
 _BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"}
 
 
-@dataclass
-class Stream:
-    """What flows through the units in one call.
+@dataclass(frozen=True)
+class Unit:
+    """One stretch of the forward.
 
     Attributes:
-        x: ``[B, C, h, w]``, or ``[B, P, D]`` within an attention block; rows that join are appended.
-        time: ``[B, E]`` time embedding of all rows of the call, or ``[1, E]`` where they share it.
-        text: ``[B]`` condition of all rows of the call.
-        keys: cross-attention keys and values of every condition, by site: ``[K, H, T, d]``.
-        embeds: ``[K, T, D]``, for attention that runs as a module.
-        parents: ``[B]`` root that each row joins; its own index for a root.
-        at_site: what happens at sites.
-        resize: whether feature maps are not halves of each other, so that upsampling must be told the size.
-        skips: outputs of the way down.
-        residual: what entered the attention block.
+        run: takes the stream through it; returns the value of the site where it ends, if there is one.
+        site: that site, or ``""``.
+        adds: whether the value is added to what came before it, or takes its place.
+        keeps: skip connections that it makes, or takes if negative.
     """
 
-    x: Tensor
-    time: Tensor
-    text: Tensor
-    keys: dict[str, tuple[Tensor, Tensor]]
-    embeds: Tensor
-    parents: Tensor
-    at_site: AtSite
-    resize: bool
-    skips: list[Tensor] = field(default_factory=list)
-    residual: Tensor | None = None
-
-    def grown(self, earlier: Tensor) -> Tensor:
-        """A tensor from before some rows joined, for all rows that are there now."""
-        now, then = self.x.shape[0], earlier.shape[0]
-        return earlier if now == then else torch.cat([earlier, earlier[self.parents[then:now]]])
-
-    def time_now(self) -> Tensor:
-        return self.time if self.time.shape[0] == 1 else self.time[: self.x.shape[0]]
-
-    def replace(self, site: str, value: Tensor) -> None:
-        """``x`` becomes a site's value."""
-        self.x, _ = self.at_site(site, value)
-
-    def add(self, site: str, value: Tensor) -> None:
-        """A site's value is added to ``x``."""
-        value, joined = self.at_site(site, value)
-        self.x = (self.x if joined is None else torch.cat([self.x, self.x[joined]])) + value
+    run: Callable[[Stream], Tensor | None]
+    site: str = ""
+    adds: bool = False
+    keeps: int = 0
 
 
 def flat_units(unet: Any) -> list[Unit] | None:
@@ -108,7 +76,7 @@ def _is_covered(unet: Any) -> bool:
 
 
 def _units(unet: Any) -> Iterator[Unit]:
-    yield _push
+    yield PUSH
     for index, block in enumerate(unet.down_blocks):
         yield from _down(f"unet.down_blocks.{index}", block)
     if unet.mid_block is not None:
@@ -129,17 +97,17 @@ def _down(path: str, block: Any) -> Iterator[Unit]:
         yield _resnet(f"{path}.resnets.{index}", resnet)
         if attentions is not None:
             yield from _attention(f"{path}.attentions.{index}", attentions[index])
-        yield _push
+        yield PUSH
     for downsampler in block.downsamplers or ():
         yield _module(downsampler)
     if block.downsamplers:
-        yield _push
+        yield PUSH
 
 
 def _up(path: str, block: Any, last: bool) -> Iterator[Unit]:
     attentions = getattr(block, "attentions", None)
     for index, resnet in enumerate(block.resnets):
-        yield _pop
+        yield POP
         yield _resnet(f"{path}.resnets.{index}", resnet)
         if attentions is not None:
             yield from _attention(f"{path}.attentions.{index}", attentions[index])
@@ -148,7 +116,7 @@ def _up(path: str, block: Any, last: bool) -> Iterator[Unit]:
 
 
 def _attention(path: str, attention: Any) -> Iterator[Unit]:
-    yield _enter(attention)
+    yield _enter(path, attention)
     for index, block in enumerate(attention.transformer_blocks):
         inner = f"{path}.transformer_blocks.{index}"
         crosses = bool(block.only_cross_attention)
@@ -160,89 +128,76 @@ def _attention(path: str, attention: Any) -> Iterator[Unit]:
     yield _leave(path, attention)
 
 
-def _push(stream: Stream) -> None:
-    stream.skips.append(stream.x)
-
-
-def _pop(stream: Stream) -> None:
-    stream.x = torch.cat([stream.x, stream.grown(stream.skips.pop())], dim=1)
+PUSH = Unit(Stream.push, keeps=1)
+POP = Unit(Stream.pop, keeps=-1)
 
 
 def _module(module: nn.Module) -> Unit:
-    def unit(stream: Stream) -> None:
+    def run(stream: Stream) -> None:
         stream.x = module(stream.x)
 
-    return unit
+    return Unit(run)
 
 
 def _upsample(module: nn.Module, last: bool) -> Unit:
-    def unit(stream: Stream) -> None:
-        size = stream.skips[-1].shape[2:] if stream.resize and not last else None
-        stream.x = module(stream.x, size)
+    def run(stream: Stream) -> None:
+        stream.x = module(stream.x, stream.skip_size() if stream.resize and not last else None)
 
-    return unit
+    return Unit(run)
 
 
 def _resnet(site: str, module: nn.Module) -> Unit:
-    def unit(stream: Stream) -> None:
-        stream.replace(site, module(stream.x, stream.time_now()))
-
-    return unit
+    return Unit(lambda stream: module(stream.x, stream.time_now()), site)
 
 
-def _enter(attention: Any) -> Unit:
+def _enter(path: str, attention: Any) -> Unit:
     linear = attention.use_linear_projection
 
-    def unit(stream: Stream) -> None:
-        stream.residual = x = stream.x
-        x = attention.norm(x)
+    def run(stream: Stream) -> None:
+        x = attention.norm(stream.keep_residual(path))
         if not linear:
             x = attention.proj_in(x)
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
         stream.x = attention.proj_in(x) if linear else x
 
-    return unit
+    return Unit(run)
 
 
 def _leave(site: str, attention: Any) -> Unit:
     linear = attention.use_linear_projection
 
-    def unit(stream: Stream) -> None:
-        assert stream.residual is not None
-        residual, x = stream.grown(stream.residual), stream.x
+    def run(stream: Stream) -> Tensor:
+        residual, x = stream.take_residual(site), stream.x
         if linear:
             x = attention.proj_out(x)
         x = x.view(x.shape[0], *residual.shape[2:], -1).permute(0, 3, 1, 2)
         if not linear:
             x = attention.proj_out(x)
-        stream.replace(site, x + residual)
+        value: Tensor = x + residual
+        return value
 
-    return unit
+    return Unit(run, site)
 
 
 def _whole(site: str) -> Unit:
-    def unit(stream: Stream) -> None:
-        stream.replace(site, stream.x)
-
-    return unit
+    return Unit(lambda stream: stream.x, site)
 
 
 def _feed_forward(site: str, norm: nn.Module, feed_forward: nn.Module) -> Unit:
-    def unit(stream: Stream) -> None:
-        stream.add(site, feed_forward(norm(stream.x)))
-
-    return unit
+    return Unit(lambda stream: feed_forward(norm(stream.x)), site, adds=True)
 
 
 def _attend(site: str, norm: nn.Module, attention: Any, crosses: bool) -> Unit:
     heads = attention.heads
 
-    def by_module(stream: Stream) -> None:
+    def by_module(stream: Stream) -> Tensor:
         x = norm(stream.x)
-        text = stream.embeds[stream.text[: x.shape[0]]] if crosses else None
-        stream.add(site, attention(x, encoder_hidden_states=text))
+        value: Tensor = attention(
+            x, encoder_hidden_states=stream.embeds[stream.text[: x.shape[0]]] if crosses else None
+        )
+        return value
 
-    def unit(stream: Stream) -> None:
+    def run(stream: Stream) -> Tensor:
         x = norm(stream.x)
         query = split_heads(attention.to_q(x), heads)
         if crosses:
@@ -251,9 +206,10 @@ def _attend(site: str, norm: nn.Module, attention: Any, crosses: bool) -> Unit:
         else:
             key, value = split_heads(attention.to_k(x), heads), split_heads(attention.to_v(x), heads)
         merged = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        stream.add(site, attention.to_out[1](attention.to_out[0](merged)))
+        projected: Tensor = attention.to_out[1](attention.to_out[0](merged))
+        return projected
 
-    return unit if is_plain_attention(attention) else by_module
+    return Unit(run if is_plain_attention(attention) else by_module, site, adds=True)
 
 
 def is_plain_attention(attention: Any) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fasttrace as ft
 from fasttrace.engine.shadow import shadow_of
+from fasttrace.engine.unet_plan import site_order
 from tests.engine.unet_cases import STEPS, both, conditions, difference, runs, unet_sites
 from tests.pipelines import TINY, tiny_pipeline
 
@@ -126,6 +127,16 @@ def test_flat_units_are_the_unet_itself(tiny: Any, size: tuple[int, int]) -> Non
     latents = torch.randn(4, *size, generator=torch.Generator().manual_seed(3))
     oracle, fast = both(tiny, [], latents=latents, num_inference_steps=1, protocol="teacher_forced", guidance_scale=1.0)
     torch.testing.assert_close(fast.clean, oracle.clean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5)])
+@pytest.mark.parametrize("name", TINY)
+def test_rows_enter_at_every_site_of_calls_that_begin_anywhere(name: str, size: tuple[int, int]) -> None:
+    pipe = tiny_pipeline(name, torch.float64)
+    latents = torch.randn(4, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    every = [ft.Patch(site) for site in site_order(pipe.unet)]
+    options = {"latents": latents, "protocol": "teacher_forced", "num_inference_steps": 2, "max_batch": 5}
+    assert difference(*both(pipe, every, **options)) < 1e-8
 
 
 def test_a_unet_that_is_not_covered_runs_by_hooks() -> None:

@@ -16,7 +16,7 @@ from fasttrace.engine.unet import UNetRequest, plan_summary, trace_unet_many, un
 from fasttrace.engine.unet_cost import unet_cost
 from fasttrace.engine.unet_patch import apply_round
 from fasttrace.engine.unet_plan import Round, compose, pack, site_order
-from fasttrace.engine.unet_runs import Key, Row
+from fasttrace.engine.unet_runs import Key, Row, waves
 from fasttrace.ops.restore import KEEP, restore
 from tests.engine.unet_cases import conditions, unet_sites
 
@@ -88,27 +88,37 @@ def key(number: int) -> Key:
     lockstep=st.booleans(),
 )
 def test_calls_hold_what_their_rows_need(rows: list[tuple[str, int]], budget: int, lockstep: bool) -> None:
+    order = {"unet.x": 0, "unet.y": 1}
     plain = [Row(key(number), 0, None, ()) for number in range(3)]
     others = []
     for number, (kind, of) in enumerate(rows, start=3):
-        patch = (ft.Patch("unet.x"), key(of)) if kind != "root" else None
+        patch = (ft.Patch("unet.x" if number % 2 else "unet.y"), key(of)) if kind != "root" else None
         others.append(Row(key(number), 0, key(of) if kind == "joins" else None, (patch,) if patch else ()))
     everything = plain + others
-    calls = pack(everything, budget, lockstep)
-    assert {row.key for call in calls for row in call} == {row.key for row in everything}
-    computed: set[Key] = set()
-    for call in calls:
-        keys = [row.key for row in call]
-        assert len(keys) == len(set(keys))
-        assert len(call) <= max(budget, 3)
-        for row in call:
-            assert row.parent is None or row.parent in keys
-            for _, source in row.patches:
-                assert source in keys or (not lockstep and source in computed)
-        if lockstep:
-            joining = {row.parent is not None for row in call if row.patches}
-            assert len(joining) <= 1
-        computed |= set(keys)
+    sections = pack(everything, budget, order, lockstep)
+    assert {row.key for calls in sections for call in calls for row in call} == {row.key for row in everything}
+    for calls in sections:
+        computed: set[Key] = set()
+        for call in calls:
+            keys = [row.key for row in call]
+            assert len(keys) == len(set(keys))
+            assert len(call) <= (max(budget, 2) if lockstep else budget)
+            sites = [-1 if row.parent is None else order[row.patches[0][0].site] for row in call]
+            assert sites == sorted(sites)
+            computed |= set(keys)
+            for row in call:
+                assert row.parent is None or row.parent in computed
+                assert all(source in computed for _, source in row.patches)
+        if lockstep and not any(row.parent is not None for call in calls for row in call):
+            assert len(calls) <= 1
+
+
+def test_steps_share_calls_while_their_parents_states_fit() -> None:
+    patch = (ft.Patch("unet.x"), None)
+    steps = [[Row(key(10 * step), 0, None, ()), *(Row(key(10 * step + n), 0, key(10 * step), (patch,)) for n in (1, 2))]
+             for step in range(5)]  # fmt: skip
+    assert [len(wave) for wave in waves(iter(steps), 2)] == [6, 6, 3]
+    assert list(waves(iter(steps), 1)) == steps
 
 
 @pytest.mark.parametrize("protocol", ["free", "teacher_forced"])
@@ -152,11 +162,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch: pytest.Mo
     expected = [next(iter(trace_unet_many([request(pipe, patches, protocol=protocol)]))) for protocol in protocols]
     call, sizes = unet_calls.call_unet, []
 
-    def failing(model: Any, inputs: Any, plan: Any, cache: Any) -> Any:
+    def failing(model: Any, inputs: Any, plan: Any, *states: Any) -> Any:
         sizes.append(len(plan.rows))
         if len(plan.rows) > 12:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return call(model, inputs, plan, cache)
+        return call(model, inputs, plan, *states)
 
     monkeypatch.setattr(unet_calls, "call_unet", failing)
     for protocol, whole in zip(protocols, expected, strict=True):
