@@ -12,7 +12,7 @@ from fasttrace.effects import Effects
 from fasttrace.errors import StudyError
 from fasttrace.plot import style
 from fasttrace.plot.text import draw_text, rows_shown
-from fasttrace.plot.unet import draw_sites, draw_steps
+from fasttrace.plot.unet import draw_profile, draw_sites, draw_steps
 from fasttrace.wording import counted, number, site_label, unet_place
 from tests.synthetic import row, text_effects, text_sites, unet_effects, unet_sites
 
@@ -127,6 +127,17 @@ def test_every_table_gets_every_figure(table, draw, tmp_path):
     image = np.asarray(Image.open(path).convert("RGB"))
     assert image.shape[1] > 900
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+
+
+def test_heads_are_a_line_of_the_profile_and_bars_of_the_heatmap(tmp_path):
+    table = text_effects().table
+    heads = table[table["kind"] == "self_attn"].assign(kind="head", site=table["site"] + ".heads.0")
+    fig = style.figure(10, 4)
+    draw_profile(fig, Effects(pd.concat([table, heads], ignore_index=True), {}))
+    (axis,) = panels(fig)
+    lines = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    assert lines["head"] == pytest.approx(lines["self-attention"])
+    assert plot.heatmap(Effects(heads, {}), tmp_path / "heads.png").exists()
 
 
 def test_settings_of_matplotlib_stay_as_they_are(tmp_path):

@@ -14,6 +14,7 @@ COLORS = {
     "self_attn": "#c8372d",
     "cross_attn": "#dd7f1c",
     "resnet": "#2f6fb3",
+    "head": "#b0468f",
 }
 
 

@@ -96,12 +96,12 @@ def draw_profile(fig: Any, effects: Effects) -> None:
         chosen = Effects(part.assign(depth=depth), effects.record)
         order = list(dict.fromkeys(part.assign(d=depth).sort_values("site", key=_network_ranks)["d"]))
         result = chosen.aie(by=["kind", "depth"])
-        for kind in [kind for kind in KIND_NAMES if kind in set(result["kind"])]:
+        for kind in [kind for kind in (*KIND_NAMES, "head") if kind in set(result["kind"])]:
             line = result[result["kind"] == kind].set_index("depth")
             line = line.loc[[label for label in order if label in line.index]]  # not every block has every kind
             x = [order.index(label) for label in line.index]
-            color = style.COLORS[kind]
-            axis.plot(x, line["aie"], color=color, marker="o", markersize=4, linewidth=1.8, label=KIND_NAMES[kind])
+            color, label = style.COLORS[kind], KIND_NAMES.get(kind, kind)
+            axis.plot(x, line["aie"], color=color, marker="o", markersize=4, linewidth=1.8, label=label)
             axis.fill_between(x, line["low"], line["high"], color=color, alpha=0.13, linewidth=0)
         axis.axhline(0, color=style.MUTED, linewidth=0.9)
         shown = [label if unet else label.split()[-1] for label in order]
