@@ -201,19 +201,25 @@ class PackedText:
     def _attention(self, layer: DecoderLayer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
         """Attention's result ``[C, H x d]`` at the computed columns, before the output projection."""
         own = layer.project(self.call, on_packed(layer.norm_attn, state[plan.rows.slots]), plan.rows.tokens)
-        whole = len(plan.whole.tokens)
-        result = own[0].new_empty(whole + len(plan.gapped.tokens), *own[0].shape[1:])
-        if whole:
-            q, k, v = (mine[:whole] for mine in own)
-            self.attend((q, k, v), base, plan.whole, layer.scale, result[:whole])
-        if plan.gapped.groups:
-            q, k, v = (
-                shared[plan.gapped.tokens].index_copy_(0, plan.filled, mine[whole:])
-                for shared, mine in zip(base, own, strict=True)
-            )
-            self.attend((q, k, v), base, plan.gapped, layer.scale, result[whole:])
-        result = result.flatten(1)
-        return result if plan.chosen is None else result[plan.chosen]
+        queries = sum(part.queries for part in plan.parts)
+        result = own[0].new_empty(queries, *own[0].shape[1:])
+        live = done = 0
+        for part in plan.parts:
+            q, k, v = (mine[live : live + part.live] for mine in own)
+            if part.filled is not None:
+                q, k, v = (
+                    shared[part.suffixes.tokens].index_copy_(0, part.filled, mine)
+                    for shared, mine in zip(base, (q, k, v), strict=True)
+                )
+            out = result[done : done + part.queries]
+            if part.chosen is None:
+                self.attend((q, k, v), base, part.suffixes, layer.scale, out)
+            else:
+                everything = torch.empty_like(q)
+                self.attend((q, k, v), base, part.suffixes, layer.scale, everything)
+                torch.index_select(everything, 0, part.chosen, out=out)
+            live, done = live + part.live, done + part.queries
+        return result.flatten(1)
 
 
 _PLANS: OrderedDict[object, TextPlan] = OrderedDict()

@@ -65,8 +65,8 @@ class Grouped:
 class Products:
     """Scores over the shared keys in one product a head, those over its own keys in one a run and head.
 
-    oneDNN compiles its code anew for every shape that it has not met lately, so sizes are rounded up to whole blocks
-    and runs are taken some at a time.
+    oneDNN takes half a millisecond for every shape that it has not met lately, so sizes are rounded up to whole blocks
+    and runs are taken in tiles of a few sizes.
     """
 
     def __init__(self, decoder: Decoder, like: Tensor) -> None:
@@ -84,27 +84,26 @@ class Products:
         keys, values = k_base.permute(1, 2, 0).contiguous(), v_base.transpose(0, 1).contiguous()  # [H, d, T], [H, T, d]
         for first, rows in _groups(suffixes, (*own, out)):
             prefix = min(_up(first, _BLOCK), values.shape[1])
-            # Columns from the first on hold scores of a run's own keys: shared values there must count for nothing.
-            shared = values[:, :prefix].clone()
-            shared[:, first:] = 0
-            at_once = max(1, _TILE_ROWS // rows[0].shape[1])
-            for tile in zip(*(torch.split(x, at_once) for x in rows), strict=True):
-                self._tile(tile, first, keys[..., :prefix], shared, scale)
+            # Columns from the first on are for the runs' own keys: what is shared there must count for nothing.
+            shared = keys[..., :prefix].clone(), values[:, :prefix].clone()
+            shared[0][..., first:] = 0
+            shared[1][:, first:] = 0
+            for runs in _tiles(*rows[0].shape[:2]):
+                self._tile([x[runs] for x in rows], first, shared, scale)
 
-    def _tile(self, tile: tuple[Tensor, ...], first: int, keys: Tensor, values: Tensor, scale: float) -> None:
+    def _tile(self, tile: list[Tensor], first: int, shared: tuple[Tensor, Tensor], scale: float) -> None:
         """Some runs of one group: their q, k, v and result ``[n, Q, H, d]``."""
         result = tile[-1].permute(2, 0, 1, 3)
         heads, runs, span, _ = result.shape
         # Heads before runs: then all runs' queries of a head are one matrix, and so are each run's.
         q, k, v = (_in_blocks(x.permute(2, 0, 1, 3)) for x in tile[:-1])
-        rows, prefix = q.shape[2], keys.shape[-1]
+        rows, (keys, values) = q.shape[2], shared
         bias = self.bias[:, None, first : first + rows]
-        scores = q.new_empty(heads, runs, rows, bias.shape[-1])
-        shared, mine = scores.flatten(1, 2)[..., :prefix], scores.flatten(0, 1)[..., first : first + rows]
+        scores = q.new_empty(heads, runs, rows, bias.shape[-1]).copy_(bias)
+        before = scores.flatten(1, 2)[..., : keys.shape[-1]]
+        mine = scores.flatten(0, 1)[..., first : first + rows]
         if first:
-            scores[..., :prefix] = bias[..., :prefix]
-            torch.baddbmm(shared, q.flatten(1, 2), keys, alpha=scale, out=shared)
-        scores[..., first:] = bias[..., first:]
+            torch.baddbmm(before, q.flatten(1, 2), keys, alpha=scale, out=before)
         torch.baddbmm(mine, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale, out=mine)
         torch.softmax(scores, dim=-1, out=scores)
         if self.blind is not None:
@@ -112,7 +111,7 @@ class Products:
         summed = torch.bmm(mine, v.flatten(0, 1)).view_as(q)
         if first:
             flat = summed.flatten(1, 2)
-            torch.baddbmm(flat, shared, values, out=flat)
+            torch.baddbmm(flat, before, values, out=flat)
         result.copy_(summed[:, :, :span])
 
 
@@ -158,6 +157,15 @@ def _every_head(heads: Heads) -> Heads:
         return heads
     times = q.shape[1] // k.shape[1]
     return q, k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+
+
+def _tiles(runs: int, span: int) -> Iterator[slice]:
+    """Runs in tiles of one size; the last overlaps the one before it, rather than have a size of its own."""
+    count = -(-runs * span // _TILE_ROWS)
+    size = -(-runs // min(count, runs))
+    for start in range(0, runs, size):
+        stop = min(start + size, runs)
+        yield slice(stop - size, stop)
 
 
 def _in_blocks(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .text_plan import (
     ATTN,
     HIDDEN,
     MLP,
+    Attending,
     Attention,
     Chunk,
     Entries,
@@ -29,6 +30,10 @@ from .text_plan import (
     TextPlan,
     TextShape,
 )
+
+# Suffixes with gaps begin at a multiple of so many tokens: runs that have just joined are few for each first token, and
+# attend together where they begin together.
+_ALIGNED = 16
 
 
 def compile_plan(
@@ -185,21 +190,23 @@ class _ChunkCompiler:
             return None, np.zeros((2, 0), dtype=np.int64)
         first = live[reading].argmax(axis=1) if self.shape.causal else np.zeros_like(reading)
         gapped = live[reading].sum(axis=1) < length - first
+        first[gapped] -= first[gapped] % _ALIGNED
         order = np.lexsort((first, gapped))
         reading, first, gapped = reading[order], first[order], gapped[order]
-        whole, holed = self._suffixes(first[~gapped]), self._suffixes(first[gapped])
         run, token = np.nonzero(live[reading])
-        offset = np.cumsum(length - first) - length
-        filled = (offset[run] + token)[gapped[run]] - len(whole.tokens)
         done, done_token = np.nonzero(computed[reading])
-        attention = Attention(
-            Rows(self._tensor(self._slots(reading[run], token)), self._tensor(token)),
-            whole,
-            holed,
-            self._tensor(filled),
-            self._unless_all(offset[done] + done_token, len(whole.tokens) + len(holed.tokens)),
-        )
-        return attention, np.stack([reading[done], done_token])
+        offset = np.cumsum(length - first) - length
+        place, chosen = offset[run] + token, offset[done] + done_token
+        parts, before = [], 0
+        for which in (~gapped, gapped):
+            if which.any():
+                suffixes = self._suffixes(first[which])
+                own, count = which[run], len(suffixes.tokens)
+                filled, kept = (self._unless_all(x - before, count) for x in (place[own], chosen[which[done]]))
+                parts.append(Attending(suffixes, int(own.sum()), filled, kept))
+                before += count
+        rows = Rows(self._tensor(self._slots(reading[run], token)), self._tensor(token))
+        return Attention(rows, parts), np.stack([reading[done], done_token])
 
     def _suffixes(self, first: Indices) -> Suffixes:
         """Of runs with ascending first tokens ``[n]``."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,25 +103,39 @@ class Suffixes:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One layer's attention over the runs that need it.
-
-    Every run has queries from its first live token to the last. Runs whose inputs there are all live come first. In the
-    others (just after they joined) the base run's query, key and value fill the gaps.
+class Attending:
+    """Some runs of an attention, and which inputs they have of their own.
 
     Attributes:
-        rows: the live inputs: of the whole runs, then of those with gaps.
-        whole: suffixes of the runs without gaps.
-        gapped: suffixes of the others.
-        filled: where the others' live inputs stand among ``gapped``.
-        chosen: which tokens of ``whole``, then ``gapped`` are computed further; ``None`` for all.
+        suffixes: tokens from which they query, and whose keys are not simply the base run's.
+        live: number of inputs that are live.
+        filled: where these stand among the suffixes, the base run's query, key and value between them; ``None`` if
+            they are all.
+        chosen: which suffix tokens are computed further; ``None`` for all.
+    """
+
+    suffixes: Suffixes
+    live: int
+    filled: Tensor | None
+    chosen: Tensor | None
+
+    @property
+    def queries(self) -> int:
+        """Number of suffix tokens that are computed further."""
+        return len(self.suffixes.tokens if self.chosen is None else self.chosen)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention: of the runs that are live from some token to the last, and of the others (just joined).
+
+    Attributes:
+        rows: the live inputs, part by part.
+        parts: of the runs.
     """
 
     rows: Rows
-    whole: Suffixes
-    gapped: Suffixes
-    filled: Tensor
-    chosen: Tensor | None
+    parts: list[Attending]
 
 
 @dataclass(frozen=True)
@@ -200,7 +213,13 @@ class TextPlan:
         for layer in (layer for chunk in self.chunks for layer in chunk.layers):
             total += 2 * width**2 * len(layer.stages[ATTN].computed)
             if (attention := layer.attention) is not None:
-                queries = torch.cat([attention.whole.tokens, attention.gapped.tokens])
-                readable = int((queries + 1).sum()) if self.shape.causal else len(queries) * self.shape.length
+                readable = sum(self._readable(part) for part in attention.parts)
                 total += 6 * width**2 * len(attention.rows.slots) + 4 * width * readable
         return total
+
+    def _readable(self, part: Attending) -> int:
+        """Keys that the computed queries read, in all."""
+        if not self.shape.causal:
+            return part.queries * self.shape.length
+        tokens = part.suffixes.tokens
+        return int((tokens if part.chosen is None else tokens[part.chosen]).sum()) + part.queries

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import fasttrace as ft
-from fasttrace.engine import linear, suffix_attention
-from fasttrace.engine.packed_text import plan_of
+from fasttrace.engine import linear, suffix_attention, text_compile
+from fasttrace.engine.packed_text import forget_plans, plan_of
 from fasttrace.engine.text import TextTrace, text_request, trace_logits, trace_text_parts
 from fasttrace.sites import head_sites, part_sites
 from tests.engine.text_models import ALL, CLIP, EOS, LANGUAGE, LENGTH, T5, VOCABULARY, text_model
@@ -118,12 +118,14 @@ def test_all_heads_of_an_attention_are_that_attention(name: str) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["clip", "qwen2", "t5"])
-def test_every_way_to_attend(name: str, mask: list[int] | None) -> None:
+def test_every_way_to_attend(name: str, mask: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged: the call that reaches the Triton kernel on a GPU, here by the op's implementation in torch."""
     model = text_model(name)
     cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
     oracle = trace(model, cells, "oracle", attention_mask=mask)
+    monkeypatch.setattr(text_compile, "_ALIGNED", 4)
     for attention in ("grouped", "products", *(() if name in T5 else ("ragged",))):
+        forget_plans()
         assert_equal(trace(model, cells, "fast", attention_mask=mask, attention=attention), oracle)
 
 
