@@ -5,7 +5,7 @@ Of each case the newest row counts; older ones stay in the CSV. A case is what a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ Peak memory is what a call holds at most beside weights and inputs, its results 
 that was timed. Absolute times belong to the machine named under the table.
 """
 
+_FIRST = ("goal", "timed", "median_s", "rival_median_s", "ratio", "peak_mib", "rival_peak_mib")
 _RANGES = (("_lowest", "_highest"), ("_low", "_high"))
 _LABELS = {
     "median_s": "s",
     "rival_median_s": "rival s",
-    "ratio": "times faster",
     "peak_mib": "peak MiB",
     "rival_peak_mib": "rival peak MiB",
     "bare_peak_mib": "bare peak MiB",
@@ -73,7 +73,8 @@ def section(suite: str, table: pd.DataFrame, figure: str = "") -> str:
     known = [name for name in PROVENANCE if name in shown.columns]
     measured = shown.drop(columns=known)
     for part in _parts(exponents(measured) if suite == "scaling" else measured):
-        lines += [*_common(part), _markdown(_labelled(_varying(part))), ""]
+        labels = _LABELS | ({"ratio": "times faster"} if "rival" in part.columns else {})
+        lines += [*_common(part), _markdown(_labelled(_varying(part), labels)), ""]
     for origin, rows in shown.groupby(known, dropna=False, sort=False) if known else []:
         where = dict(zip(known, origin, strict=True))
         lines.append(
@@ -109,7 +110,13 @@ def _parts(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
         if name in table.columns:
             kinds = 2 * kinds + table[name].notna()
     for _, part in table.groupby(kinds):
-        yield part.dropna(axis="columns", how="all")
+        yield part.dropna(axis="columns", how="all")[lambda one: sorted(one, key=_place)]
+
+
+def _place(column: str) -> int:
+    """What was measured first, then how fast it was; the rest as it comes."""
+    order = [*CASE, *_FIRST]
+    return order.index(column) if column in order else len(order)
 
 
 def _constant(table: pd.DataFrame) -> list[str]:
@@ -141,8 +148,8 @@ def _with_range(value: Any, low: Any, high: Any) -> str:
     return _cell(value) if pd.isna(low) else f"{_cell(value)} ({_cell(low)} to {_cell(high)})"
 
 
-def _labelled(table: pd.DataFrame) -> pd.DataFrame:
-    return table.rename(columns=lambda name: _LABELS.get(name, str(name).replace("_", " ")))
+def _labelled(table: pd.DataFrame, labels: Mapping[str, str]) -> pd.DataFrame:
+    return table.rename(columns=lambda name: labels.get(name, str(name).replace("_", " ")))
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -91,6 +91,7 @@ def plot(profile: Profile, path: Path) -> None:
     left.legend(frameon=False)
     right.plot([p.batch for p in profile.batches], [1e3 * p.per_sample for p in profile.batches], "o-", color="#08519c")
     right.set_xscale("log", base=2)
+    right.set_xticks([p.batch for p in profile.batches], [str(p.batch) for p in profile.batches])
     right.set_ylim(bottom=0)
     right.set_xlabel("samples in a call")
     right.set_ylabel("ms a sample")
