@@ -4,9 +4,9 @@ The shadow has new module objects, whose parameters and buffers are the user's o
 seen at once, hooks and adapters that the user has put on a module act here too, and processors, memory formats, hooks
 and compiled graphs can be set on the shadow without the user's pipeline noticing.
 
-Weights that the shadow needs in another form (channels-last, another dtype, packed) are its own, and are copied anew
-from the user's whenever it is asked for: no edit can go unseen, however it was made, and the tensors that compiled
-graphs hold stay the same.
+Weights that the shadow needs in another form (channels-last, another dtype) are its own, and are copied anew from the
+user's whenever it is asked for: no edit can go unseen, however it was made, and the tensors that compiled graphs hold
+stay the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .packed_conv import use_packed_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,7 +37,6 @@ class _Shadow:
                 for name, source in table.items():
                     if source is not None:
                         table[name] = self._own(source, dtype)  # type: ignore[assignment]
-        self._convolutions = use_packed_weights(self.module)
 
     def _own(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         wanted = dtype if source.is_floating_point() else source.dtype
@@ -54,8 +52,6 @@ class _Shadow:
     def refresh(self) -> None:
         for own, source in self._derived.values():
             own.copy_(source)
-        for convolution in self._convolutions:
-            convolution.pack()
 
 
 _shadows: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, _Shadow]] = weakref.WeakKeyDictionary()

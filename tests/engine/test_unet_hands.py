@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import fasttrace as ft
 from fasttrace.engine import lockstep
-from fasttrace.engine.packed_conv import use_packed_weights
 from fasttrace.pipeline import encode_prompt
 from tests.engine.unet_cases import both, conditions, difference, unet_sites
 from tests.pipelines import tiny_pipeline
@@ -194,19 +193,3 @@ def test_a_run_that_is_not_finite_is_named(tiny_sd15: Any) -> None:
     huge = ft.Patch(site, source=ft.Add(torch.full((16,), float("inf"))))
     with pytest.raises(ft.FasttraceError, match=rf"1 runs are not finite.*run 1 \({site}\)"):
         both(tiny_sd15, [(), huge])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 7), (3, 2, 8), (1, 1, 5)])
-def test_a_packed_convolution_is_the_convolution(dtype: torch.dtype, kernel: int, stride: int, size: int) -> None:
-    plain = nn.Conv2d(24, 40, kernel, stride, padding=kernel // 2, dtype=dtype).requires_grad_(False)
-    holder = nn.Sequential(nn.Conv2d(24, 40, kernel, stride, padding=kernel // 2, dtype=dtype)).requires_grad_(False)
-    holder[0].load_state_dict(plain.state_dict())
-    (packed,) = use_packed_weights(holder)
-    for change in (1.0, -0.5):
-        plain.weight.mul_(change)
-        packed.weight.mul_(change)
-        packed.pack()
-        for rows in (0, 1, 9):
-            x = torch.randn(rows, 24, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            torch.testing.assert_close(holder(x), plain(x))
