@@ -13,7 +13,8 @@ from safetensors import safe_open
 import fasttrace as ft
 from fasttrace.errors import ModelError
 from fasttrace.zoo import emoji
-from fasttrace.zoo.emoji import data, evaluate, judge
+from fasttrace.zoo.emoji import data, evaluate, judge, noise_check
+from fasttrace.zoo.emoji.drawing import Settings
 from fasttrace.zoo.emoji.model import WEIGHTS
 
 PACKAGE = Path(emoji.__file__).parent
@@ -129,11 +130,27 @@ def test_wilson_interval_holds_the_share_and_stays_within_bounds() -> None:
     assert high == pytest.approx(0.5962, abs=1e-4)
 
 
-def test_noise_on_every_attribute_gives_a_row_of_shares(pipe) -> None:
-    settings = evaluate.Settings(steps=1, batch=4)
-    found = evaluate.noise_matrix(pipe, emoji.load_judge("cpu"), 3, settings, scales=(10,))
-    assert set(found["10x"]) == {"none", "chance", *data.NAMES}
-    assert all(len(shares) == 6 and 0 <= min(shares) <= max(shares) <= 1 for shares in found["10x"].values())
+def test_noise_on_every_attribute_is_read_and_has_a_total_effect(pipe) -> None:
+    settings = Settings(steps=1, batch=4)
+    found = noise_check.measure(pipe, emoji.load_judge("cpu"), emoji.load_scorer("cpu"), 3, settings, scales=(10,))
+    read = found["10x"]["read"]
+    assert set(read) == {"none", "chance", *data.NAMES}
+    assert all(len(shares) == 6 and 0 <= min(shares) <= max(shares) <= 1 for shares in read.values())
+    for kind in ("judge", "clip_score"):
+        assert set(found["10x"][kind]) == set(data.NAMES)
+        assert all(low <= mean <= high for mean, low, high in found["10x"][kind].values())
+        assert any(mean for mean, _, _ in found["10x"][kind].values())
+    lines = noise_check.report(found)
+    assert len({line.count("|") for line in lines[1:10]}) == 1
+
+
+def test_pictures_are_counted_under_every_pair_that_they_are_held_out_for() -> None:
+    scenes = data.held_out_scenes()[::40]
+    images = torch.from_numpy(data.render_all(scenes, [0] * len(scenes))).permute(0, 3, 1, 2) / 255
+    table = evaluate.pair_table(emoji.load_judge("cpu"), images, scenes, least=1)
+    assert sum(row["pose"][1] for row in table.values()) == sum(len(data.broken_pairs(scene)) for scene in scenes)
+    turned = [s for s in scenes if s.values["count"] == "two" and s.values["pose"] == "upside down"]
+    assert table["two, upside down"]["pose"][1] == len(turned) > 0
 
 
 def test_a_changed_value_changes_one_attribute_and_never_to_no_colour() -> None:

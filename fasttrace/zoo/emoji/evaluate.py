@@ -11,7 +11,6 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from . import judge as judging
-from . import model
+from . import model, noise_check
 from .data import (
     ATTRIBUTES,
     FULL_TEMPLATES,
     NAMES,
     NO_COLOUR,
-    SIZES,
-    Caption,
     Scene,
     broken_pairs,
     caption,
@@ -38,19 +34,10 @@ from .data import (
     render_all,
     training_scenes,
 )
+from .drawing import Settings, choose, generate, labels_of, text_states
 from .training import replace_text
 
 BARS = {"object": 0.85, "style": 0.85, "colour": 0.90, "count": 0.80, "background": 0.95, "pose": 0.80}
-SCALES = (1, 3, 10, 30)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are made; seeds are the pictures' numbers."""
-
-    steps: int = 20
-    guidance: float = 3.0
-    batch: int = 50
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -61,48 +48,29 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def choose(scenes: Sequence[Scene], number: int, seed: int = 0) -> list[tuple[Scene, Caption]]:
-    """Random scenes without repetition, each with a caption in one of the templates that name every attribute."""
-    rng = random.Random(seed)
-    return [(scene, caption(scene, rng.randrange(FULL_TEMPLATES))) for scene in rng.sample(list(scenes), number)]
-
-
-@torch.no_grad()
-def text_states(pipe: Any, texts: Sequence[str]) -> Tensor:
-    """[B, 24, 128]."""
-    ids = pipe.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
-    states: Tensor = pipe.text_encoder(ids.to(pipe.device))[0]
-    return states
-
-
-@torch.no_grad()
-def generate(pipe: Any, states: Tensor, seeds: Sequence[int], settings: Settings) -> Tensor:
-    """Pictures [B, 3, 64, 64] in [0, 1] of text states [B, 24, 128]."""
-    empty = text_states(pipe, [""])
-    parts = []
-    for start in tqdm(range(0, len(states), settings.batch), desc="pictures", leave=False):
-        part = states[start : start + settings.batch]
-        parts.append(
-            pipe(
-                prompt_embeds=part,
-                negative_prompt_embeds=empty.expand(len(part), -1, -1),
-                generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + settings.batch]],
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                output_type="pt",
-            ).images.float()
-        )
-    return torch.cat(parts)
-
-
-def labels_of(scenes: Sequence[Scene]) -> Tensor:
-    return torch.tensor([scene.labels for scene in scenes])
-
-
 def attribute_table(reader: judging.Judge, images: Tensor, scenes: Sequence[Scene]) -> dict[str, tuple[int, int]]:
     """Per attribute, the pictures of which the judge reads what the caption says, and all pictures."""
     right = (reader.labels(images) == labels_of(scenes)).sum(0).tolist()
     return {name: (right[i], len(scenes)) for i, name in enumerate(NAMES)}
+
+
+def pair_table(
+    reader: judging.Judge, images: Tensor, scenes: Sequence[Scene], least: int = 10
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """The attribute table of the pictures held out on account of each pair of values, if there are enough of them.
+
+    A picture may count in several. The pairs of the object with one other attribute are taken together.
+    """
+    members: dict[str, list[int]] = {}
+    for i, scene in enumerate(scenes):
+        for a, b in broken_pairs(scene):
+            name = f"an object and its unseen {b}" if a == "object" else f"{scene.values[a]}, {scene.values[b]}"
+            members.setdefault(name, []).append(i)
+    return {
+        name: attribute_table(reader, images[rows], [scenes[i] for i in rows])
+        for name, rows in sorted(members.items(), key=lambda item: -len(item[1]))
+        if len(rows) >= least
+    }
 
 
 def other_value(scene: Scene, attribute: str, rng: random.Random) -> Scene:
@@ -126,47 +94,6 @@ def clip_preference(scorer: model.Scorer, number: int, seed: int = 0) -> dict[st
         changed = [caption(other_value(s, name, rng), t).text for s, t in zip(scenes, template, strict=True)]
         wrong = scorer.text_features(changed)
         found[name] = (int(((pictures * right).sum(-1) > (pictures * wrong).sum(-1)).sum()), number)
-    return found
-
-
-def noise_matrix(
-    pipe: Any, reader: judging.Judge, number: int, settings: Settings, scales: Sequence[float] = SCALES
-) -> dict[str, dict[str, list[float]]]:
-    """Scale to noised attribute to the share of pictures in which each attribute is still read as the caption says.
-
-    Row ``none`` is without noise. Every scene has a colour, so that there is a word to noise; the seeds are the same
-    in every row. The share that guessing would reach is in row ``chance``.
-    """
-    from ...corruption import GaussianNoise
-    from ...engine.text import trace_text
-    from ...prompts import Prompt
-
-    pool = [scene for scene in held_out_scenes() if scene.values["colour"] != NO_COLOUR]
-    chosen = choose(pool, number, seed=1)
-    target = labels_of([scene for scene, _ in chosen])
-    table = pipe.text_encoder.get_input_embeddings().weight
-
-    def read(states: Tensor) -> list[float]:
-        images = generate(pipe, states, range(number), settings)
-        return (reader.labels(images) == target).float().mean(0).tolist()
-
-    clean = read(text_states(pipe, [said.text for _, said in chosen]))
-    chance = [1 / size for size in SIZES]
-    found: dict[str, dict[str, list[float]]] = {}
-    for scale in scales:
-        rows = {"none": clean, "chance": chance}
-        for name in NAMES:
-            prompts = [
-                Prompt(said.text, said.words[name], attribute=name).tokenize(pipe.tokenizer) for _, said in chosen
-            ]
-            noise = GaussianNoise(f"{scale:g}x")
-            sigma = noise.resolve(table, [prompt.ids[i] for prompt in prompts for i in prompt.subject])
-            states = []
-            for k, prompt in enumerate(prompts):
-                drawn = noise.draw(sigma, k, len(prompt.ids), prompt.subject, table.shape[1])
-                states.append(trace_text(pipe.text_encoder, prompt.ids, [], drawn, engine="oracle").corrupted)
-            rows[name] = read(torch.stack(states))
-        found[f"{scale:g}x"] = rows
     return found
 
 
@@ -206,10 +133,12 @@ def report(found: dict[str, Any]) -> str:
             f"| {name} | {share['held_out']:.1%} | {low:.1%} to {high:.1%} | {BARS[name]:.0%} | {share['trained']:.1%} "
             f"| {share['judge']:.1%} | {share['clip']:.1%} |"
         )
-    for scale, rows in found.get("noise", {}).items():
-        lines += ["", f"| noise {scale} on | " + " | ".join(f"{name} read" for name in NAMES) + " |"]
-        lines.append("|---|" + "---|" * len(NAMES))
-        lines += [f"| {row} | " + " | ".join(f"{share:.0%}" for share in shares) + " |" for row, shares in rows.items()]
+    lines += ["", "| held-out pair | pictures | " + " | ".join(NAMES) + " |", "|---|---|" + "---|" * len(NAMES)]
+    for pair, table in found["held_out_pairs"].items():
+        shares = " | ".join(f"{right / total:.0%}" for right, total in table.values())
+        lines.append(f"| {pair} | {table['object'][1]} | {shares} |")
+    if "noise" in found:
+        lines += noise_check.report(found["noise"])
     return "\n".join(lines) + "\n"
 
 
@@ -238,18 +167,16 @@ def main() -> None:
     scenes, texts, images = pictures(held_out_scenes(), arguments.pictures)
     contact_sheet(images[:48], texts[:48], arguments.out / "contact_sheet.png")
     known_scenes, _, known = pictures(training_scenes(), max(1, arguments.pictures // 2))
-    unseen = [i for i, scene in enumerate(scenes) if ("object", "style") in broken_pairs(scene)]
     found: dict[str, Any] = {
         "settings": {"steps": settings.steps, "guidance": settings.guidance},
         "held_out": attribute_table(reader, images, scenes),
+        "held_out_pairs": pair_table(reader, images, scenes),
         "trained": attribute_table(reader, known, known_scenes),
         "judge": judging.accuracy(reader, judging.split()[1]),
         "clip": clip_preference(scorer, min(1000, 2 * arguments.pictures)),
     }
-    if unseen:
-        found["object_never_in_style"] = attribute_table(reader, images[unseen], [scenes[i] for i in unseen])
     if arguments.noise_pictures:
-        found["noise"] = noise_matrix(pipe, reader, arguments.noise_pictures, settings)
+        found["noise"] = noise_check.measure(pipe, reader, scorer, arguments.noise_pictures, settings)
     replace_text(arguments.out / "evaluation.json", json.dumps(found, indent=1) + "\n")
     print(report(found))
     print(f"contact sheet and evaluation.json in {arguments.out}")
