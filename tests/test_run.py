@@ -1,9 +1,8 @@
-"""Running studies: the oracles, both engines, resuming, halves, records, and nothing left behind."""
+"""Running studies: the oracles, both engines, halves, records, pictures and screening."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,15 @@ import fasttrace as ft
 from fasttrace.engine import job as job_module
 from fasttrace.engine.conditions import TextStates, text_states
 from fasttrace.engine.injection import trace_injected
-from fasttrace.engine.job import Job, Options, Traced
+from fasttrace.engine.job import Job, Options
 from fasttrace.engine.run import run
 from fasttrace.engine.screen import screen
 from fasttrace.errors import StudyError
 from fasttrace.pipeline import encode_prompt
 from fasttrace.schedulers import SCHEDULERS
-from fasttrace.study_json import fingerprint, study_record
+from fasttrace.study_json import study_record
 from tests.pipelines import TINY, tiny_pipeline
-
-APPLE = ft.Prompt("a red apple on a table", "apple", id="apple", target="a red pizza on a table")
-CAT = ft.Prompt("a photo of a small cat", "small cat", id="cat", attribute="animal", target="a photo of a dog")
-# In double precision, rounding is out of the way and "equal" can be said sharply.
-EXACT = 1e-8
-
-
-def study(pipe: Any, **settings: Any) -> ft.Study:
-    defaults: dict[str, Any] = {
-        "prompts": [APPLE, CAT], "metrics": ["latent_l2"], "num_inference_steps": 2, "scheduler": "ddim",
-        "corruption": ft.GaussianNoise(2.0),
-    }  # fmt: skip
-    return ft.Study(pipe, **{**defaults, **settings})
-
-
-def table(made: ft.Study, engine: str = "fast", **options: Any) -> pd.DataFrame:
-    return run(made, engine, progress=False, **options).to_pandas()
-
-
-def traced(made: ft.Study, engine: str = "fast") -> Traced:
-    """The first group of a study."""
-    plan = made.plan()
-    return next(Job(plan, Options(engine)).trace(plan.groups[:1], lambda _: None))
-
-
-def assert_same(left: pd.DataFrame, right: pd.DataFrame, tolerance: float = EXACT) -> None:
-    pd.testing.assert_frame_equal(left, right, check_exact=False, rtol=0, atol=tolerance)
+from tests.study_cases import APPLE, CAT, EXACT, assert_same, study, table, traced
 
 
 @pytest.fixture
@@ -287,75 +260,6 @@ def test_a_study_run_again_from_its_record_gives_the_same_table(exact: Any, tmp_
     again = run(ft.Study.from_json(tmp_path / "run", exact), progress=False)
     pd.testing.assert_frame_equal(first.table, again.table)
     assert first.record == again.record == json.loads((tmp_path / "run" / "study.json").read_text())
-
-
-# Resuming, and what is left behind.
-
-
-def counting(fail_at: int | None, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., Tensor]:
-    """A metric that counts the calls made of it, and fails at one of them."""
-
-    def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-        brightness.calls += 1  # type: ignore[attr-defined]
-        if brightness.calls == fail_at:  # type: ignore[attr-defined]
-            raise error("stopped")
-        return images.mean((1, 2, 3))
-
-    brightness.calls = 0  # type: ignore[attr-defined]
-    return brightness
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
-def test_an_interrupted_run_goes_on_where_it_stopped(exact: Any, tmp_path: Path) -> None:
-    def made(fail_at: int | None) -> tuple[ft.Study, Any]:
-        metric = counting(fail_at)
-        return study(exact, sites="unet.mid*attn*", seeds=[0, 1], metrics=[metric]), metric
-
-    out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run(made(3)[0], out=out, progress=False)
-    left = files(out)
-    assert sum(name.endswith(".parquet") for name in left) == 2
-    assert not any(name.startswith(".") or "effects" in name or "study" in name for name in left)
-    rest, metric = made(None)
-    resumed = run(rest, out=out, progress=False)
-    assert metric.calls == 2  # of four groups, two were kept
-    pd.testing.assert_frame_equal(resumed.table, table(made(None)[0]))
-    assert "partial" not in files(out)
-    done, metric = made(None)
-    pd.testing.assert_frame_equal(run(done, out=out, progress=False).table, resumed.table)
-    assert metric.calls == 0  # a finished run is read
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_fails_at_once_leaves_nothing_and_the_pipeline_as_it_was(
-    error: type[BaseException], tmp_path: Path
-) -> None:
-    pipe = tiny_pipeline("tiny-sd15")
-    before, config = fingerprint(pipe), dict(pipe.config)
-    own = pipe.scheduler, dict(pipe.scheduler.config), pipe.unet.attn_processors
-    made = study(pipe, sites="unet.mid*", metrics=[counting(1, error)], scheduler="euler")
-    with pytest.raises(error, match="stopped"):
-        run(made, out=tmp_path / "new", progress=False)
-    assert files(tmp_path) == set()
-    assert fingerprint(pipe) == before
-    assert dict(pipe.config) == config
-    assert (pipe.scheduler, dict(pipe.scheduler.config), pipe.unet.attn_processors) == own
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
-
-
-def test_a_folder_with_another_study_is_refused_with_what_differs(exact: Any, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"sites": "unet.mid*attn2", "prompts": [APPLE]}
-    run(study(exact, **settings), out=tmp_path, progress=False, pictures=0)
-    before = (tmp_path / "effects.parquet").read_bytes()
-    with pytest.raises(StudyError, match=r"holds another study: its guidance_scale is 7.5, this one's is 3.0"):
-        run(study(exact, guidance_scale=3.0, **settings), out=tmp_path, progress=False)
-    assert (tmp_path / "effects.parquet").read_bytes() == before
-    replaced = run(study(exact, guidance_scale=3.0, **settings), out=tmp_path, progress=False, overwrite=True)
-    pd.testing.assert_frame_equal(ft.Effects.load(tmp_path).table, replaced.table)
 
 
 # Pictures and screening.

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fasttrace.backends import Backend, base, rome
+from fasttrace.profile.live import LiveBytes
 from tests.backends.language_models import VOCABULARY, language_model
-from tests.live_bytes import LiveBytes
 
 LENGTH, LAYERS = 24, 3
 IDS = torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(0))
@@ -18,9 +18,9 @@ IDS = torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual
 
 def most_bytes(model: Any, run: Callable[[], Any]) -> int:
     run()  # Plans and their indices stay for the next sweep.
-    with LiveBytes(model) as live:
+    with LiveBytes() as live:
         run()
-    return live.most
+    return live.peak
 
 
 def rome_sweep(model: Any, batch_size: int | None, times: int) -> None:
