@@ -24,9 +24,6 @@ def exact() -> Any:
     return tiny_pipeline("tiny-sd15", torch.float64)
 
 
-# What a study does to a pipeline.
-
-
 def counting(fail_at: int | None, error: type[BaseException] = KeyboardInterrupt) -> Callable[..., Tensor]:
     """A metric that counts the calls made of it, and fails at one of them."""
 

@@ -159,12 +159,15 @@ def test_command_saves_an_edit_that_loads(tmp_path: Path) -> None:
 
     out = tmp_path / "edit"
     arguments = ["edit", "van gogh=painting", "--model", "random:tiny-sd15", "--preserve", "monet", "--lora"]
+    (tmp_path / "kept.txt").write_text("a red apple\n\na van gogh\ntwo horses\n")
+    arguments += ["--captions", str(tmp_path / "kept.txt")]
     result = CliRunner().invoke(app, [*arguments, "--method", "uce", "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "rank 1 in 8 matrices" in result.output
+    assert "held back by 2 captions" in " ".join(result.output.split())
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     edit, pipe = ft.load_edit(out), ft.zoo.random_pipeline("tiny-sd15")
-    expected = ft.fit_edit(pipe, CONCEPT, method="uce", preserve=["monet"])
+    expected = ft.fit_edit(pipe, CONCEPT, method="uce", preserve=["monet"], captions=["a red apple", "two horses"])
     assert edit.recipe == expected.recipe
     with edit.applied(pipe):
         pass
