@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ def difference(a: UNetTrace, b: UNetTrace) -> float:
     pairs = ((a.clean, b.clean), (a.corrupted, b.corrupted), (a.restored, b.restored))
     largest = max(float((one - two).abs().max()) if one.numel() else 0.0 for one, two in pairs)
     return largest / float(a.clean.abs().max())
+
+
+def widened(run: tuple[ft.Patch, ...]) -> tuple[ft.Patch, ...]:
+    """The same patches, what they add or set in double precision."""
+
+    def source_of(patch: ft.Patch) -> Any:
+        if isinstance(patch.source, ft.Add):
+            return ft.Add(patch.source.value.double())
+        return patch.source.double() if isinstance(patch.source, Tensor) else patch.source
+
+    return tuple(dataclasses.replace(patch, source=source_of(patch)) for patch in run)
 
 
 @st.composite
