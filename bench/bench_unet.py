@@ -61,16 +61,16 @@ class Bench:
         clean, corrupted, negative = self.texts
         return unet_request(
             self.pipe, clean, corrupted, patches, None, 0, STEPS, 7.5, negative, None, None, None, None, "corrupted",
-            protocol, 0.0, options.pop("max_batch", None), **options,
+            protocol, 0.0, None, **options,
         )  # fmt: skip
 
-    def bare(self, rows: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    def bare(self, rows: int) -> Callable[[], Tensor]:
         """One call of the user's UNet on ``rows`` rows."""
-        config, unet = self.pipe.unet.config, self.unet.to(dtype)
-        sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size).to(dtype)
+        config = self.pipe.unet.config
+        sample = torch.randn(rows, config.in_channels, config.sample_size, config.sample_size)
         sample = sample.contiguous(memory_format=torch.channels_last)
-        text = self.texts[0].to(dtype).expand(rows, -1, -1)
-        return lambda: unet(sample, 10, text, return_dict=False)[0]
+        text = self.texts[0].expand(rows, -1, -1)
+        return lambda: self.unet(sample, 10, text, return_dict=False)[0]
 
     def against_bare(self, part: str, request: UNetRequest, goal: str) -> dict[str, Any]:
         """Time one trace and the bare UNet in turn, as a share of what the plan's forwards cost bare."""
