@@ -58,7 +58,7 @@ def trace_text_packed(request: TextRequest) -> tuple[Tensor, Tensor, Tensor]:
     for sample, noise in enumerate(request.noise):
         corrupted[sample], parts = packed.sample(noise)
         for numbers, outputs in parts:
-            restored[sample, numbers] = outputs
+            restored[sample].index_copy_(0, numbers, outputs)
     return packed.clean, corrupted, restored
 
 
