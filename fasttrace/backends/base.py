@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..engine.decoder import word_embedding
-from ..engine.linear import on_packed
+from ..engine.linear import linear_calls
 from ..engine.text import trace_text
 from ..errors import BackendError
 from ..patch import PatchSet
+from ..sites import Site, head_sites, part_sites
 
 Request = TypeVar("Request")
 
-# What a backend holds at once beside the model, the unpatched runs and what it returns: a GiB in all.
+# What a backend holds at once beside the model, the unpatched runs and what it returns.
 RUNS_BUDGET = 768 * 2**20
-LOGITS_BUDGET = 256 * 2**20
+# The C library gives larger blocks back to the system, and to get fresh ones takes as long as half of the product.
+LOGITS_BUDGET = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ class Sweep:
     sources: Mapping[str, Tensor] = field(default_factory=dict)
     attention_mask: Tensor | None = None
     position: int | None = None
+
+
+def tokens_read(positions: Sequence[int] | None, length: int) -> list[int] | None:
+    """Which tokens of a prompt are read, counted from its beginning; ``None`` for all.
+
+    Raises:
+        BackendError: none at all, or one that the prompt does not have.
+    """
+    if positions is None:
+        return None
+    chosen = [int(position) for position in positions]
+    if not chosen or not all(-length <= position < length for position in chosen):
+        raise BackendError(
+            f"logit_positions={chosen}: expected positions of a prompt of {length} tokens, from {-length} to "
+            f"{length - 1}, or None for all"
+        )
+    return [position % length for position in chosen]
 
 
 class Backend(abc.ABC, Generic[Request]):
@@ -105,25 +125,65 @@ class Backend(abc.ABC, Generic[Request]):
 
         Returns:
             ``[..., k]``.
+
+        Raises:
+            BackendError: the model has no such head.
         """
+        head = self._head()
+        if tokens is None:
+            flat = states.reshape(-1, states.shape[-1])
+            return linear_calls(flat, len(flat))(head, flat).reshape(*states.shape[:-1], head.weight.shape[0])
+        bias = None if head.bias is None else head.bias[tokens]
+        return torch.nn.functional.linear(states, head.weight[tokens], bias)
+
+    def logits_of_each(self, states: Tensor) -> Iterator[Tensor]:
+        """`logits` of the whole vocabulary, by elements of the first dimension.
+
+        Args:
+            states: ``[N, ..., D]``, after the final norm. Products are of as many elements as `LOGITS_BUDGET` holds.
+
+        Yields:
+            ``[..., vocabulary]``, ``N`` times.
+        """
+        if not len(states):
+            return
+        rows = states[0].numel() // states.shape[-1]
+        for part in self._logits_in_parts(states.reshape(-1, states.shape[-1]), rows):
+            yield from part.reshape(-1, *states.shape[1:-1], part.shape[-1])
+
+    def probabilities(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Softmax probabilities of chosen tokens, without ever holding all rows' logits.
+
+        Args:
+            states: ``[..., D]``, after the final norm.
+            tokens: ids, ``[k]``.
+
+        Returns:
+            ``[..., k]``.
+        """
+        flat = states.reshape(-1, states.shape[-1])
+        parts = [torch.softmax(part, dim=-1)[:, tokens] for part in self._logits_in_parts(flat)]
+        return torch.cat(parts).reshape(*states.shape[:-1], len(tokens))
+
+    def _logits_in_parts(self, states: Tensor, together: int = 1) -> Iterator[Tensor]:
+        """Logits ``[n, vocabulary]`` of states ``[R, D]``, ``n`` a multiple of ``together`` that fits in the budget."""
+        head, call = self._head(), linear_calls(states, len(states))
+        held = together * head.weight.shape[0] * states.element_size()
+        for part in torch.split(states, together * max(1, LOGITS_BUDGET // held)):
+            yield call(head, part)
+
+    def _head(self) -> Any:
         head = self.model.get_output_embeddings()
         if head is None:
             raise BackendError(
                 f"{type(self.model).__name__} has no language-modelling head: load a ...ForCausalLM model"
             )
-        if tokens is None:
-            return on_packed(head, states.reshape(-1, states.shape[-1])).reshape(*states.shape[:-1], -1)
-        bias = None if head.bias is None else head.bias[tokens]
-        return torch.nn.functional.linear(states, head.weight[tokens], bias)
+        return head
 
-    def probabilities(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Softmax probabilities of chosen tokens, ``[..., k]``, without ever holding all rows' logits."""
-        flat = states.reshape(-1, states.shape[-1])
-        head = self.model.get_output_embeddings().weight
-        # Logits and probabilities are held side by side.
-        rows = max(1, LOGITS_BUDGET // (2 * head.element_size() * head.shape[0]))
-        parts = [torch.softmax(self.logits(part), dim=-1)[:, tokens] for part in torch.split(flat, rows)]
-        return torch.cat(parts).reshape(*states.shape[:-1], len(tokens))
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Every site of the model, heads included."""
+        return [*part_sites(self.model, "model"), *head_sites(self.model, "model")]
 
     @property
     def has_head(self) -> bool:
@@ -132,6 +192,7 @@ class Backend(abc.ABC, Generic[Request]):
 
     @property
     def embedding_width(self) -> int:
+        """Width of the word embeddings, ``D``."""
         embedding: Any = word_embedding(self.model)
         return int(embedding.weight.shape[1])
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from nnsight.tracing.backend import Backend as _NnsightBackend
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import BackendError, SiteError
 from ..patch import Patch, Source
+from ..profile.flops import flop_counter
 from ..sites import Site, discover_sites, find_site, part_sites, unet_blocks
 from .plain import plain
 
@@ -142,7 +142,7 @@ class CostBackend(_NnsightBackend):
     def __call__(self, tracer: Any) -> None:
         self.cost = Cost()
         handles = [site.module.register_forward_hook(self._counter(site.name)) for site in self._sites]
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         started = time.perf_counter()
         try:
             with counter:

@@ -19,8 +19,7 @@ from torch import Tensor
 from ..engine.values import value_hooks
 from ..errors import BackendError
 from ..patch import Patch
-from ..sites import head_sites, part_sites
-from .base import Backend, Sweep
+from .base import Backend, Sweep, tokens_read
 from .pyvene_config import OTHERWISE, Place, plan_of, pyvene_model
 
 
@@ -58,8 +57,7 @@ class FastIntervenable:
 
     def __init__(self, config: Any, model: Any, batch_size: int | None = None) -> None:
         self._backend = PyveneBackend(model, batch_size)
-        self._own = pyvene_model(config, model)
-        self._planned = plan_of(self._own, model)
+        self._cell = _Cell(config, self._backend)
 
     @torch.no_grad()
     def __call__(
@@ -94,7 +92,7 @@ class FastIntervenable:
         """
         if subspaces is not None or labels is not None:
             raise BackendError(f"subspaces and labels are not served: {OTHERWISE}")
-        cells = [self._patches(base, sources, unit_locations, source_representations, {})]
+        cells = [self._cell.patches(base, sources, unit_locations, source_representations, {})]
         found = next(iter(_outputs(self._backend, base, cells, None)))
         from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -106,10 +104,23 @@ class FastIntervenable:
             return IntervenableModelOutput(original_outputs=original, intervened_outputs=patched)
         return original, patched
 
-    def _patches(
+
+_Recorded = dict[int, tuple[Any, dict[str, Tensor]]]
+"""Values of every site, by the identity of a source; the source itself is kept so that the identity stays its own."""
+
+
+class _Cell:
+    """One config on a backend's model."""
+
+    def __init__(self, config: Any, backend: PyveneBackend) -> None:
+        self._backend = backend
+        self._own = pyvene_model(config, backend.model)
+        self._planned = plan_of(self._own, backend.sites)
+
+    def patches(
         self, base: Mapping[str, Tensor], sources: Any, unit_locations: Any, representations: Any, cache: _Recorded
     ) -> list[tuple[Patch, ...]]:
-        """One tuple of patches for each base prompt."""
+        """One tuple of patches for each base prompt; the arguments are those of a `FastIntervenable`'s call."""
         batch = len(base["input_ids"])
         locations = self._own._broadcast_unit_locations(batch, unit_locations)
         at_source, at_base = locations["sources->base"]
@@ -133,14 +144,12 @@ class FastIntervenable:
                     source = listed[planned.group]
                     if source is None:
                         continue
+                    if at_source is None or at_source[number] is None:
+                        raise BackendError(f"{planned.key} has no positions in its source: give unit_locations of both")
                     place = planned.place(at_source[number], row)
-                    value = _recorded(self._backend.model, source, place, row, cache)
+                    value = _recorded(self._backend, source, place, row, cache)
                 runs[row] += planned.patches(planned.place(at_base[number], row), value)
         return [tuple(run) for run in runs]
-
-
-_Recorded = dict[int, tuple[Any, dict[str, Tensor]]]
-"""Values of every site, by the identity of a source; the source itself is kept so that the identity stays its own."""
 
 
 def to_patches(config: Any, unit_locations: Mapping[str, Any], model: Any) -> list[Patch]:
@@ -150,11 +159,12 @@ def to_patches(config: Any, unit_locations: Mapping[str, Any], model: Any) -> li
         config: a ``pyvene.IntervenableConfig``.
         unit_locations: as pyvene takes them; source and base positions must be the same (`FastIntervenable` copies
             between different ones too).
-        model: the model, for its layers.
+        model: the causal language model or text encoder of transformers that the config is for: its layers and heads
+            are the sites of the patches, and pyvene checks the config against it. It is left unchanged.
 
     Returns:
-        One patch a representation, with sources ``"source0"``, ``"source1"``, ... by group, to be named so in
-        ``trace_text(..., sources=...)``.
+        One patch a representation, or one a head of it, with sources ``"source0"``, ``"source1"``, ... by group, to be
+        named so in ``trace_text(..., sources=...)``.
 
     Raises:
         BackendError: an intervention, component, unit or mode that is not served, or positions that differ.
@@ -162,7 +172,7 @@ def to_patches(config: Any, unit_locations: Mapping[str, Any], model: Any) -> li
     own = pyvene_model(config, model)
     at_source, at_base = own._broadcast_unit_locations(1, unit_locations)["sources->base"]
     patches = []
-    for number, planned in enumerate(plan_of(own, model)):
+    for number, planned in enumerate(plan_of(own, PyveneBackend(model).sites)):
         place = planned.place(at_base[number], 0)
         value = planned.constant()
         if value is not None:
@@ -199,23 +209,25 @@ def intervene_many(
     """
     backend, recorded = PyveneBackend(model, batch_size), _Recorded()
     rows, length = base["input_ids"].shape
-    size = backend.runs_at_once(length, rows * (length if logit_positions is None else len(logit_positions)))
+    read = tokens_read(logit_positions, length)
+    size = backend.runs_at_once(length, rows * (length if read is None or len(read) > 1 else 1))
     for start in range(0, len(cells), size):
         patched = [
-            FastIntervenable(config, model)._patches(base, sources, locations, None, recorded)
+            _Cell(config, backend).patches(base, sources, locations, None, recorded)
             for config, locations in cells[start : start + size]
         ]
-        yield from _outputs(backend, base, patched, logit_positions)
+        yield from _outputs(backend, base, patched, read)
 
 
 def _outputs(
     backend: PyveneBackend,
     base: Mapping[str, Tensor],
     cells: Sequence[Sequence[tuple[Patch, ...]]],
-    positions: Sequence[int] | None,
+    positions: list[int] | None,
 ) -> Iterator[Tensor]:
+    """Logits (states, without a head) of each cell, which has one tuple of patches for each base prompt."""
     mask = base.get("attention_mask")
-    only = positions[0] % base["input_ids"].shape[1] if positions is not None and len(positions) == 1 else None
+    only = positions[0] if positions is not None and len(positions) == 1 else None
     states = torch.stack(
         [
             backend.run(Prompts(ids, None if mask is None else mask[row], [cell[row] for cell in cells], only))
@@ -223,27 +235,36 @@ def _outputs(
         ],
         dim=1,
     )
-    for cell in states:
-        if positions is not None:
-            cell = cell[:, list(positions)] if only is None else cell[:, None]
-        yield backend.logits(cell) if backend.has_head else cell
+    if positions is not None:
+        states = states[:, :, positions] if only is None else states[:, :, None]
+    yield from backend.logits_of_each(states) if backend.has_head else states
 
 
 def _as_list(sources: Any) -> list[Any]:
     return sources if isinstance(sources, list) else [sources]
 
 
-def _recorded(model: Any, source: Any, place: Place, row: int, cache: _Recorded) -> Tensor:
-    """Values ``[sites, positions, d]`` in one row of a source's run; one forward records every site."""
+def _recorded(backend: PyveneBackend, source: Any, place: Place, row: int, cache: _Recorded) -> Tensor:
+    """Values ``[sites, positions, d]`` in one row of a source's run; one forward records every site.
+
+    Raises:
+        BackendError: a position that the source does not have.
+    """
+    length = source["input_ids"].shape[1]
+    outside = [position for position in place.positions or () if not 0 <= position < length]
+    if outside:
+        raise BackendError(
+            f"unit_locations: source position {outside[0]} is out of range: expected 0 to {length - 1}, the source has "
+            f"{length} tokens"
+        )
     if id(source) not in cache:
         values: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
             return lambda value: values.__setitem__(name, value.clone())
 
-        every = [*part_sites(model, "model"), *head_sites(model, "model")]
-        with value_hooks([(site, keep(site.name)) for site in every]):
-            model(**source)
+        with value_hooks([(site, keep(site.name)) for site in backend.sites]):
+            backend.model(**source)
         cache[id(source)] = source, values
     own = [cache[id(source)][1][site.name][row] for site in place.sites]
     return torch.stack(own if place.positions is None else [value[place.positions] for value in own])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine.text import encoder_path
 from ..errors import BackendError
 from ..patch import ZERO, Add, Patch, Source
-from ..sites import Site, head_sites, part_sites
+from ..sites import Site
 
 OTHERWISE = "run it with pyvene.IntervenableModel"
 _COMPONENTS = {"block_output": "hidden", "attention_output": "self_attn", "mlp_output": "mlp"}
@@ -72,11 +72,20 @@ class Planned:
         Args:
             locations: positions ``[B][units]``, heads ``[B][heads]``, or a pair of heads and positions.
             row: which prompt.
+
+        Raises:
+            BackendError: a head that the layer does not have.
         """
         if self.unit == "pos":
             return Place(self.sites, [int(position) for position in locations[row]])
         heads, positions = (locations, None) if self.unit == "h" else locations
-        sites = tuple(self.sites[int(head)] for head in heads[row])
+        chosen = [int(head) for head in heads[row]]
+        outside = [head for head in chosen if not 0 <= head < len(self.sites)]
+        if outside:
+            raise BackendError(
+                f"{self.key}: head {outside[0]} in unit_locations is out of range: expected 0 to {len(self.sites) - 1}"
+            )
+        sites = tuple(self.sites[head] for head in chosen)
         return Place(sites, None if positions is None else [int(position) for position in positions[row]])
 
     def constant(self) -> Tensor | None:
@@ -133,24 +142,27 @@ def pyvene_model(config: Any, model: Any) -> Any:
     """
     from pyvene import IntervenableModel
 
-    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         own = IntervenableModel(config, model)
     finally:
-        for parameter, flag in zip(model.parameters(), trainable, strict=True):
-            parameter.requires_grad_(flag)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     if own.mode != "parallel":
         raise BackendError(f"mode={own.mode!r} is not served, only parallel: {OTHERWISE}")
     return own
 
 
-def plan_of(own: Any, model: Any) -> list[Planned]:
+def plan_of(own: Any, sites: Sequence[Site]) -> list[Planned]:
     """The representations of a real ``IntervenableModel``, in its own order.
+
+    Args:
+        own: the real one.
+        sites: every site of its model, heads included.
 
     Raises:
         BackendError: an intervention, component or unit that is not served.
     """
-    sites = [*part_sites(model, "model"), *head_sites(model, "model")]
     group_of = {key: group for group, keys in enumerate(own._intervention_group.values()) for key in keys}
     planned = []
     for key in own.sorted_keys:

@@ -33,8 +33,8 @@ from torch import Tensor
 from ..engine.decoder import decoder_of
 from ..errors import BackendError
 from ..patch import Patch, PatchSet
-from ..sites import Site, head_sites, part_sites
-from .base import Backend, Sweep
+from ..sites import Site
+from .base import Backend, Sweep, tokens_read
 from .plain import plain
 
 Metric = Callable[[Tensor], Any]
@@ -86,10 +86,10 @@ class TransformerLensBackend(Backend[Cells]):
         return states.transpose(0, 1).flatten(0, 1)
 
     @cached_property
-    def _sites(self) -> dict[tuple[str, int], list[Site]]:
+    def _sites_of(self) -> dict[tuple[str, int], list[Site]]:
         """The sites of each kind and layer: one, or the heads."""
         sites = defaultdict(list)
-        for site in (*part_sites(self.model, "model"), *head_sites(self.model, "model")):
+        for site in self.sites:
             sites[site.kind, site.layer].append(site)
         return sites
 
@@ -124,7 +124,7 @@ class TransformerLensBackend(Backend[Cells]):
                 embedded.append(cell)
                 continue
             ours.append(cell)
-            sites = self._sites[_KINDS[name], layer - (name == "resid_pre")]
+            sites = self._sites_of[_KINDS[name], layer - (name == "resid_pre")]
             runs.append(_head_patches(sites, value, index, setter) if name == "z" else _at(sites[0], value, index[1]))
         requests = [(ours, Cells(tokens, runs, None, position))] if runs else []
         if embedded:
@@ -141,11 +141,18 @@ class TransformerLensBackend(Backend[Cells]):
         setter: str,
         positions: Sequence[int] | None,
     ) -> Iterator[Tensor]:
-        """Logits of each cell, ``[batch, T, vocabulary]``, NaN at tokens that are not among ``positions``."""
+        """Logits of each cell, ``[batch, T, vocabulary]``, NaN at tokens that are not among ``positions``.
+
+        The arguments are those of `cells`, for the whole batch: ``tokens`` ``[batch, T]`` and its cache.
+
+        Raises:
+            BackendError: a position that the prompts do not have.
+        """
         from transformer_lens.utilities import get_act_name
 
         rows, length = tokens.shape
-        only = positions[0] % length if positions is not None and len(positions) == 1 else None
+        read = tokens_read(positions, length)
+        only = read[0] if read is not None and len(read) == 1 else None
         size = self.runs_at_once(length, rows * (length if only is None else 1))
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
@@ -156,14 +163,10 @@ class TransformerLensBackend(Backend[Cells]):
                 clean = {key: clean_cache[key][min(row, len(clean_cache[key]) - 1)] for key in names}
                 for numbers, request in self.cells(prompt, clean, name, chunk, setter, only):
                     states[numbers, row] = self.run(request)
-            for cell in states.to(tokens.device):
-                if positions is None:
-                    yield self.logits(cell)
-                else:
-                    read = self.logits(cell[:, positions] if only is None else cell[:, None])
-                    logits = read.new_full((rows, length, read.shape[-1]), float("nan"))
-                    logits[:, positions] = read
-                    yield logits
+            if read is not None:
+                states = states[:, :, read] if only is None else states[:, :, None]
+            for logits in self.logits_of_each(states.to(tokens.device)):
+                yield logits if read is None else _at_tokens(logits, read, length)
 
     def _embedding_noise(self, tokens: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:
         embedded = decoder_of(self.model, len(tokens), None).embed(tokens, None)
@@ -171,6 +174,13 @@ class TransformerLensBackend(Backend[Cells]):
         for sample, position in enumerate(positions):
             noise[sample, position] = value[position].to(embedded) - embedded[position]
         return noise
+
+
+def _at_tokens(logits: Tensor, tokens: list[int], length: int) -> Tensor:
+    """Logits ``[batch, n, vocabulary]`` of some tokens at their places in ``[batch, T, vocabulary]``, NaN elsewhere."""
+    everywhere = logits.new_full((len(logits), length, logits.shape[-1]), float("nan"))
+    everywhere[:, tokens] = logits
+    return everywhere
 
 
 def _at(site: Site, value: Tensor, position: int) -> Patch:

@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrace.backends import Backend, base, rome
-from fasttrace.profile.live import LiveBytes
+from fasttrace.backends import base, rome
 from tests.backends.language_models import VOCABULARY, language_model
+from tests.backends.memory import most_bytes
 
 LENGTH, LAYERS = 24, 3
 IDS = torch.randint(0, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(0))
-
-
-def most_bytes(model: Any, run: Callable[[], Any]) -> int:
-    run()  # Plans and their indices stay for the next sweep.
-    with LiveBytes() as live:
-        run()
-    return live.peak
 
 
 def rome_sweep(model: Any, batch_size: int | None, times: int) -> None:
@@ -50,9 +43,9 @@ def pyvene_sweep(model: Any, batch_size: int | None, times: int) -> None:
 @pytest.mark.parametrize("sweep", [rome_sweep, pyvene_sweep])
 def test_a_longer_sweep_takes_no_more_memory(sweep: Callable[[Any, int | None, int], None]) -> None:
     model = language_model("gpt2", torch.float32)
-    once, thrice = (most_bytes(model, lambda times=times: sweep(model, 16, times)) for times in (1, 3))
+    once, thrice = (most_bytes(lambda times=times: sweep(model, 16, times)) for times in (1, 3))
     assert thrice < 1.2 * once
-    assert most_bytes(model, lambda: sweep(model, 10_000, 1)) > 2 * once, "unless it is allowed to"
+    assert most_bytes(lambda: sweep(model, 10_000, 1)) > 2 * once, "unless it is allowed to"
 
 
 @pytest.mark.parametrize("sweep", [rome_sweep, pyvene_sweep])
@@ -64,21 +57,5 @@ def test_the_budget_is_kept_and_used(
     monkeypatch.setattr(base, "RUNS_BUDGET", 3 * budget // 4)
     monkeypatch.setattr(base, "LOGITS_BUDGET", budget // 4)
     unpatched = 3 * LENGTH * LAYERS * 9 * 32 * 4
-    most = most_bytes(model, lambda: sweep(model, None, 2))
+    most = most_bytes(lambda: sweep(model, None, 2))
     assert budget / 8 < most < budget + unpatched
-
-
-def test_probabilities_never_need_all_rows_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scores(rome.RomeBackend):
-        def logits(self, states: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-            rows.append(len(states))
-            return super().logits(states, tokens)
-
-    rows: list[int] = []
-    backend: Backend[Any] = Scores(language_model("gpt2", torch.float32))
-    states, answers = torch.randn(2, 50, 32), torch.tensor([3, 7])
-    whole = backend.probabilities(states, answers)
-    monkeypatch.setattr(base, "LOGITS_BUDGET", 8 * VOCABULARY * 9)
-    rows.clear()
-    torch.testing.assert_close(backend.probabilities(states, answers), whole, rtol=1e-6, atol=0)
-    assert (max(rows), sum(rows)) == (9, 100)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fasttrace as ft
 from fasttrace.errors import BackendError, SiteError
+from fasttrace.profile.flops import flop_counter
 from tests.backends.language_models import MODELS, VOCABULARY, language_model
 from tests.pipelines import tiny_pipeline
 
@@ -162,10 +164,32 @@ def test_the_cost_of_a_trace_counts_calls_rows_and_flops() -> None:
     assert len(states) == 3
     assert cost.forwards == {site.name: 1 for site in backend._all_sites(model)}
     assert set(cost.rows.values()) == {3}
-    per_token = 2 * (3 * (4 * 32 * 32 + 2 * 32 * 128) + 32 * VOCABULARY)
-    assert per_token * 3 * len(IDS) <= cost.flops <= 1.2 * per_token * 3 * len(IDS)
+    tokens, layers = 3 * len(IDS), 3
+    products = layers * (4 * 32 * 32 + 2 * 32 * 128) + 32 * VOCABULARY
+    attention = layers * 2 * len(IDS) * 32
+    assert cost.flops == 2 * tokens * (products + attention)
     assert "GFLOP" in cost.summary()
     assert not language.transformer.h[0].mlp._forward_hooks
+
+
+def test_the_cost_of_a_diffusion_trace_is_that_of_its_pipelines_call(diffusion: Any) -> None:
+    backend_of = backend.CostBackend(diffusion)
+    options = {"num_inference_steps": 2, "guidance_scale": 7.5}
+    with diffusion.generate("a red apple", backend=backend_of, **options):
+        diffusion.unet.mid_block.resnets[0].output[:] = 0
+    cost = backend_of.cost
+    pipe = backend.pipeline_of(diffusion)
+    pipe.set_progress_bar_config(disable=True)
+    counters = flop_counter(), FlopCounterMode(display=False)
+    for counter in counters:
+        with counter, torch.no_grad():
+            pipe("a red apple", **options)
+    expected, without_attention = (counter.get_total_flops() for counter in counters)
+    assert cost.flops == expected > without_attention
+    unet = [name for name in cost.forwards if name.startswith("unet.")]
+    assert set(unet) == {site.name for site in backend._all_sites(diffusion) if site.part == "unet"}
+    assert {(cost.forwards[name], cost.rows[name]) for name in unet} == {(3, 6)}, "PNDM calls once more than steps"
+    assert cost.forwards["text_encoder.encoder.layers.0.mlp"] == 2, "the prompt and the empty one"
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

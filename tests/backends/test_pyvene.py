@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fasttrace as ft
-from fasttrace.errors import BackendError
+from fasttrace.errors import BackendError, FasttraceError
 from tests.backends.language_models import VOCABULARY, language_model
 
 pv = pytest.importorskip("pyvene", reason="needs the backends extra: pip install 'fasttrace[backends]'")
@@ -145,8 +145,40 @@ def test_a_sweep_equals_its_cells_whatever_the_batch_size() -> None:
             _, expected = pv.IntervenableModel(config, model)(base, [source], locations)
         for sweep in sweeps:
             torch.testing.assert_close(sweep[number], expected.logits, rtol=1e-5, atol=1e-4)
-    last = list(backend.intervene_many(model, cells[:2], base, source, logit_positions=[-1]))
-    torch.testing.assert_close(last[1][:, 0], sweeps[0][1][:, -1], rtol=1e-5, atol=1e-4)
+    for read in ([-1], [2, -3, 5]):
+        some = list(backend.intervene_many(model, cells[:20], base, source, logit_positions=read))
+        for one, everywhere in zip(some, sweeps[0][:20], strict=True):
+            torch.testing.assert_close(one, everywhere[:, read], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("read", [[], [8], [-9, 0]], ids=str)
+def test_tokens_that_no_prompt_has_cannot_be_read(read: list[int]) -> None:
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    sweep = backend.intervene_many(
+        language_model("gpt2", torch.float32), [(config, {"sources->base": 4})], inputs(0), inputs(1),
+        logit_positions=read,
+    )  # fmt: skip
+    with pytest.raises(BackendError, match=r"prompt of 8 tokens, from -8 to 7"):
+        list(sweep)
+
+
+OUT_OF_RANGE = {
+    "source position": ("block_output", {"sources->base": (8, 3)}, "source position 8 .*expected 0 to 7"),
+    "base position": ("block_output", {"sources->base": (3, 9)}, "position 9 .*expected 0 to 7"),
+    "position from the end": ("block_output", {"sources->base": (-1, 3)}, "source position -1 .*expected 0 to 7"),
+    "head": ("head", heads_at([1], [4], [4]), "head 4 .*expected 0 to 3"),
+    "head's position": ("head", heads_at([1], [12]), "position 12 .*expected 0 to 7"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_a_location_out_of_range_is_named(case: str) -> None:
+    kind, locations, message = OUT_OF_RANGE[case]
+    vanilla = pv.VanillaIntervention
+    config = pv.IntervenableConfig([head("h.pos", vanilla) if kind == "head" else component(kind, 1, vanilla)])
+    fast = backend.FastIntervenable(config, language_model("gpt2", torch.float32))
+    with pytest.raises(FasttraceError, match=message):
+        fast(inputs(0), [inputs(1)], locations)
 
 
 def test_a_config_as_patches_gives_the_same_states() -> None:

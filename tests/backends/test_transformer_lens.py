@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.backends.language_models import MODELS, VOCABULARY, language_model
-from tests.backends.test_memory import most_bytes
+from tests.backends.memory import most_bytes
 
 pytest.importorskip("transformer_lens", reason="needs the backends extra: pip install 'fasttrace[backends]'")
 
@@ -146,7 +146,8 @@ def test_results_of_every_form_are_transformer_lens_own(bridge_of: Any) -> None:
             assert found.axis_names == expected.axis_names
 
 
-def test_logits_may_be_read_at_the_last_token_only(bridge_of: Any) -> None:
+@pytest.mark.parametrize("positions", [[-1], [6, -3], [0, 1, 6]], ids=str)
+def test_logits_may_be_read_at_some_tokens_only(bridge_of: Any, positions: list[int]) -> None:
     bridge = bridge_of("gpt2")
     _, cache = bridge.run_with_cache(prompts(1, seed=1))
     arguments = (
@@ -158,8 +159,10 @@ def test_logits_may_be_read_at_the_last_token_only(bridge_of: Any) -> None:
         ("layer", "pos"),
     )
     everything = backend.generic_activation_patch(bridge, *arguments)
-    last = backend.generic_activation_patch(bridge, *arguments, logit_positions=[-1])
+    last = backend.generic_activation_patch(bridge, *arguments, logit_positions=positions)
     torch.testing.assert_close(last, everything, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BackendError, match="prompt of 7 tokens, from -7 to 6"):
+        backend.generic_activation_patch(bridge, *arguments, logit_positions=[7, *positions])
 
 
 @pytest.mark.parametrize("name", ["mlp_out", "z"])
@@ -174,18 +177,18 @@ def test_a_longer_sweep_takes_no_more_memory(
 
     def sweep(times: int, batch_size: int | None) -> int:
         return most_bytes(
-            bridge,
             lambda: backend.generic_activation_patch(
                 bridge, corrupted, cache, logit_difference, patching.layer_pos_patch_setter, name,
                 index_df=pandas.concat([table] * times), batch_size=batch_size, logit_positions=positions,
-            ),
+            )
         )  # fmt: skip
 
     once = sweep(1, 8)
     assert sweep(3, 8) < 1.2 * once
-    budget = 2**20
-    monkeypatch.setattr(base, "RUNS_BUDGET", budget)
-    unpatched, result = 2 * 24 * 3 * 9 * 32 * 4, 3 * 2 * 24 * VOCABULARY * 4
+    budget, one = 2**20, 2 * 24 * VOCABULARY * 4
+    monkeypatch.setattr(base, "RUNS_BUDGET", budget - 4 * one)
+    monkeypatch.setattr(base, "LOGITS_BUDGET", 2 * one)  # of which two are held: a part that is read, and the next
+    unpatched, result = 2 * 24 * 3 * 9 * 32 * 4, 2 * one
     assert budget / 8 < sweep(3, None) < budget + unpatched + result
 
 
