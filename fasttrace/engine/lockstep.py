@@ -10,7 +10,7 @@ from torch import Tensor
 from .trajectory import Trajectories
 from .unet_calls import UNetCalls
 from .unet_request import UNetRequest
-from .unet_runs import Group, Key, Row, corrupted_alone, distinct_runs, forced_rows, free_rows, waves
+from .unet_runs import CORRUPTED, Group, Key, Row, distinct_runs, forced_rows, free_rows
 
 Progress = Callable[[int], None]
 Output = tuple[Tensor, Tensor, Tensor]
@@ -29,46 +29,78 @@ def trace_groups(requests: Sequence[UNetRequest], progress: Progress | None = No
     traces = []
     for group, values in zip(groups, outputs, strict=True):
         restored = values[group.results] if group.results else values.new_empty(0, *values.shape[1:])
-        traces.append((values[0], values[1], restored))
+        traces.append((values[0], values[CORRUPTED], restored))
     return traces
 
 
 def _free(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
     """Final latents of every run of every group, ``[runs, C, h, w]`` each."""
-    lanes = [Lane(group) for group in groups]
+    lanes = [Lane(group, [number for number, run in enumerate(group.runs) if run.base == number]) for group in groups]
     for step in range(groups[0].request.steps):
-        _advance(lanes, step, calls)
+        rows: list[Row] = []
+        alias: dict[Key, Key] = {}
+        inputs: dict[Key, Tensor] = {}
+        for lane in lanes:
+            lane.fork(step)
+            own, same = free_rows(lane.group, step, calls.joins)
+            latents = lane.inputs(step)
+            rows += own
+            alias |= same
+            inputs |= {row.key: latents[row.key[1]] for row in own}
+        _advance(lanes, step, calls.run(rows, inputs, lanes[0].timestep(step)), alias)
     return [lane.final() for lane in lanes]
 
 
-def _advance(lanes: Sequence[Lane], step: int, calls: UNetCalls) -> tuple[dict[Key, Tensor], dict[Key, Tensor]]:
-    """One step of every run that has begun; returns what the UNet read and what it said."""
-    rows: list[Row] = []
-    alias: dict[Key, Key] = {}
-    inputs: dict[Key, Tensor] = {}
-    timesteps: dict[Key, Tensor] = {}
-    timestep = lanes[0].trajectories.timesteps[step]
-    for lane in lanes:
-        lane.fork(step)
-        own, same = free_rows(lane.group, step, calls.joins)
-        rows += own
-        alias |= same
-        inputs |= lane.inputs(step)
-        timesteps |= dict.fromkeys((row.key for row in own), timestep)
-    outputs = calls.run(rows, inputs, timesteps)
+def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
+    """Conditional outputs of every run of every group, ``[runs, S, C, h, w]`` each.
+
+    Only the corrupted run takes the scheduler's steps. Its rows alone would be calls too small to be fast, so all
+    others, which read the same latents, are in them.
+    """
+    lanes = [Lane(group, [CORRUPTED]) for group in groups]
+    outputs: list[list[Tensor]] = [[] for _ in groups]
+    for step in range(groups[0].request.steps):
+        rows: list[Row] = []
+        alias: dict[Key, Key] = {}
+        inputs: dict[Key, Tensor] = {}
+        for lane in lanes:
+            own, same = forced_rows(lane.group, step, calls.joins)
+            rows += own
+            alias |= same
+            inputs |= dict.fromkeys((row.key for row in own), lane.inputs(step)[CORRUPTED])
+        said = _advance(lanes, step, calls.run(rows, inputs, lanes[0].timestep(step)), alias)
+        for group, of_group in zip(groups, outputs, strict=True):
+            of_group.append(_by_run(group, said))
+    return [torch.stack(of_group, dim=1) for of_group in outputs]
+
+
+def _advance(lanes: Sequence[Lane], step: int, outputs: dict[Key, Tensor], alias: dict[Key, Key]) -> dict[Key, Tensor]:
+    """Take the scheduler's step; returns the outputs of the aliases too."""
     outputs |= {key: outputs[same] for key, same in alias.items()}
     for lane in lanes:
         lane.advance(step, outputs)
-    return inputs, outputs
+    return outputs
+
+
+def _by_run(group: Group, outputs: dict[Key, Tensor]) -> Tensor:
+    """Conditional outputs ``[runs, C, h, w]``; zeros for a source that nothing reads."""
+    branch = group.request.branches - 1
+    zero = torch.zeros_like(outputs[group.index, CORRUPTED, branch])
+    return torch.stack([outputs.get((group.index, run, branch), zero) for run in range(len(group.runs))])
 
 
 class Lane:
-    """The trajectories of one group's runs that have begun."""
+    """The trajectories of some of a group's runs, of those that have begun.
 
-    def __init__(self, group: Group) -> None:
+    Args:
+        group: whose.
+        runs: those that begin at once.
+    """
+
+    def __init__(self, group: Group, runs: list[int]) -> None:
         self.group = group
         request = group.request
-        self._runs = [number for number, run in enumerate(group.runs) if run.base == number]
+        self._runs = runs
         self.trajectories = Trajectories(
             request.pipe.scheduler,
             request.num_inference_steps,
@@ -77,6 +109,9 @@ class Lane:
             len(self._runs),
             request.eta,
         )
+
+    def timestep(self, step: int) -> Tensor:
+        return self.trajectories.timesteps[step]
 
     def fork(self, step: int) -> None:
         """Drop the runs that nothing reads any more, and begin those whose first patched step this is."""
@@ -90,20 +125,15 @@ class Lane:
         self.trajectories = self.trajectories.select(rows)
         self._runs = kept + begun
 
-    def _key(self, run: int, branch: int) -> Key:
-        return self.group.index, run, branch, 0
-
-    def inputs(self, step: int) -> dict[Key, Tensor]:
-        """What the UNet reads, for each run and branch."""
-        scaled = self.trajectories.model_input(step)
-        pairs = zip(self._runs, scaled, strict=True)
-        return {self._key(run, branch): row for run, row in pairs for branch in range(self.group.request.branches)}
+    def inputs(self, step: int) -> dict[int, Tensor]:
+        """What the UNet reads, ``[C, h, w]`` for each run."""
+        return dict(zip(self._runs, self.trajectories.model_input(step), strict=True))
 
     def advance(self, step: int, outputs: dict[Key, Tensor]) -> None:
         """Guide and take the scheduler's step."""
         request = self.group.request
         branches = [
-            torch.stack([outputs[self._key(number, branch)] for number in self._runs])
+            torch.stack([outputs[self.group.index, number, branch] for number in self._runs])
             for branch in range(request.branches)
         ]
         output = branches[-1]
@@ -117,43 +147,3 @@ class Lane:
         result = latents.new_zeros(len(self.group.runs), *latents.shape[1:])
         result[self._runs] = latents
         return result
-
-
-def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
-    """Conditional outputs of every run of every group, ``[runs, S, C, h, w]`` each."""
-    request = groups[0].request
-    branch = request.branches - 1
-    lanes = [Lane(corrupted_alone(group)) for group in groups]
-    parts: list[list[Row]] = []
-    alias: dict[Key, Key] = {}
-    inputs: dict[Key, Tensor] = {}
-    timesteps: dict[Key, Tensor] = {}
-    outputs: dict[Key, Tensor] = {}
-    for step in range(request.steps):
-        read, said = _advance(lanes, step, calls)
-        timestep = lanes[0].trajectories.timesteps[step]
-        parts.append([])
-        for group in groups:
-            outputs[group.index, 1, branch, step] = said[group.index, 0, branch, 0]
-            own, same = forced_rows(group, step, calls.joins)
-            parts[-1] += own
-            alias |= same
-            inputs |= {row.key: read[group.index, 0, branch, 0] for row in own}
-            timesteps |= dict.fromkeys((row.key for row in own), timestep)
-    # Steps are independent now that the trajectory is known, so their rows share calls.
-    for rows in waves(parts, calls.parents):
-        outputs = calls.run(rows, inputs, timesteps) | outputs
-    outputs |= {key: outputs[same] for key, same in alias.items()}
-    return [_by_run(group, branch, outputs) for group in groups]
-
-
-def _by_run(group: Group, branch: int, outputs: dict[Key, Tensor]) -> Tensor:
-    """``[runs, S, C, h, w]``; zeros for a source at a step where nothing reads it."""
-    steps = range(group.request.steps)
-    zero = torch.zeros_like(outputs[group.index, 0, branch, 0])
-    return torch.stack(
-        [
-            torch.stack([outputs.get((group.index, run, branch, step), zero) for step in steps])
-            for run in range(len(group.runs))
-        ]
-    )

@@ -12,16 +12,11 @@ from .unet_cost import UNetCost
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """More rows do not run faster: on a CPU their activations leave the cache, on a GPU they fill it already."""
 
-_SHARE, _TRAIL_SHARE = 0.6, 0.2
-"""Of the free memory that a call's activations may take, and the states that rows leave for others to join them; the
-rest is for workspaces of convolutions and for fragmentation."""
+_SHARE = 0.6
+"""Of the free memory that a call's activations may take; the rest is for what rows leave to others, for workspaces of
+convolutions and for fragmentation."""
 
 _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
-
-
-def trail_bytes(cost: UNetCost, dtype: torch.dtype) -> int:
-    """Memory of what one row leaves behind where others may join it."""
-    return cost.trail * dtype.itemsize
 
 
 def row_bytes(cost: UNetCost, dtype: torch.dtype) -> int:
@@ -48,16 +43,10 @@ class BatchSize:
         if self._key not in self._kept:
             fitting = max(1, int(free * _SHARE) // max(1, row_bytes(cost, dtype))) if free is not None else 1 << 30
             self._kept[self._key] = most or min(fitting, MOST_ROWS.get(device.type, MOST_ROWS["cuda"]))
-        self._trails = int(free * _TRAIL_SHARE) // max(1, trail_bytes(cost, dtype)) if free is not None else 1 << 30
 
     @property
     def rows(self) -> int:
         return self._kept[self._key]
-
-    @property
-    def parents(self) -> int:
-        """How many rows may leave their states for others: no more than fill a call at once."""
-        return max(1, min(self.rows, self._trails))
 
     def halve(self) -> bool:
         """After running out of memory; ``False`` where a single row does not fit either."""

@@ -12,11 +12,11 @@ from ..sites import part_sites
 from .memory import BatchSize, is_out_of_memory
 from .oracle import timestep_condition
 from .shadow import shadow_of
-from .unet_compile import BUCKET, CompiledUNet
+from .unet_compile import CompiledUNet
 from .unet_cost import UNetCost, unet_cost
 from .unet_forward import CallInputs, Model, Texts, call_unet
 from .unet_patch import Cache
-from .unet_plan import CallPlan, plan_calls, site_order
+from .unet_plan import BUCKET, CallPlan, plan_calls, site_order
 from .unet_request import UNetRequest, site_shape
 from .unet_runs import Key, Row
 from .unet_stream import Trail
@@ -28,7 +28,6 @@ class UNetCalls:
 
     Attributes:
         joins: whether rows may join a call at their site.
-        parents: most rows whose states may be kept at once for others to join.
         texts_of: for each request the row of each of its conditions in the table of all conditions.
     """
 
@@ -67,22 +66,21 @@ class UNetCalls:
             mode = request.compile if isinstance(request.compile, str) else None
             self._compiled = CompiledUNet(self._model, shapes, mode)
         self.joins = units is not None
-        self.parents = self._batch.parents
         self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
-    def run(self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor]) -> dict[Key, Tensor]:
+    def run(self, rows: list[Row], inputs: dict[Key, Tensor], timestep: Tensor) -> dict[Key, Tensor]:
         """The UNet's output ``[C, h, w]`` of each row.
 
         Args:
             rows: a row that others copy from comes before them.
             inputs: ``[C, h, w]`` that each row reads.
-            timesteps: of each row.
+            timestep: of all rows.
         """
         outputs: dict[Key, Tensor] = {}
         todo = rows
         while todo:
             try:
-                self._run(todo, inputs, timesteps, outputs)
+                self._run(todo, inputs, timestep, outputs)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self._batch.halve():
@@ -93,19 +91,16 @@ class UNetCalls:
             todo = [row for row in rows if row.key not in outputs or row.key in read]
         return outputs
 
-    def _run(
-        self, rows: list[Row], inputs: dict[Key, Tensor], timesteps: dict[Key, Tensor], outputs: dict[Key, Tensor]
-    ) -> None:
+    def _run(self, rows: list[Row], inputs: dict[Key, Tensor], timestep: Tensor, outputs: dict[Key, Tensor]) -> None:
         cache: Cache = {}
         trail: Trail = {}
         latents = self._request.latents
         for plan in self._plans(rows):
             samples = [inputs[row.key] for row in plan.rows[: plan.roots]]
             sample = torch.stack(samples) if samples else latents.new_empty(0, *latents.shape)
-            times = [timesteps[row.key] for row in plan.rows]
             call = CallInputs(
                 sample.to(self._dtype, memory_format=torch.channels_last),
-                torch.stack(times[:1] if all(time is times[0] for time in times) else times),
+                timestep[None],
                 torch.tensor([row.text for row in plan.rows], device=latents.device),
             )
             if self._compiled is not None and plan.lockstep:
@@ -119,7 +114,7 @@ class UNetCalls:
             self._progress(len(plan.rows))
 
     def _plans(self, rows: list[Row]) -> list[CallPlan]:
-        """Plans of the same rows are kept: most steps of ``free`` repeat the one before."""
+        """Plans of the same rows are kept: most steps repeat the one before."""
         if (rows, self._batch.rows) != self._planned[:2]:
             device = self._request.latents.device
             budget, lockstep = call_rows(self._batch.rows, self._compiled is not None)

@@ -19,13 +19,10 @@ from torch import Tensor
 from ..ops.restore import KEEP, restore
 from .unet_forward import CallInputs, Model, Texts, flat_forward
 from .unet_patch import given_table
-from .unet_plan import CallPlan, Round
+from .unet_plan import BUCKET, CallPlan, Round
 from .unet_stream import Joins
 from .unet_units import flat_units
 from .values import from_positions, to_positions
-
-BUCKET = 8
-"""Rows of a compiled call are a multiple of this."""
 
 _GRAPHS = 64
 """Most graphs of one UNet; beyond them torch would quietly run eagerly."""
@@ -66,7 +63,7 @@ class CompiledUNet:
         with cache_folder(), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
             output = self._graph(
                 inputs.sample[taken].contiguous(memory_format=torch.channels_last),
-                inputs.timesteps if inputs.timesteps.shape[0] == 1 else inputs.timesteps[taken],
+                inputs.timestep,
                 inputs.text[taken],
                 (texts.embeds, texts.pooled, texts.time_ids),
                 self._model.keys,
@@ -122,7 +119,7 @@ def _graph(unet: Any) -> Graph:
 
     def graph(
         sample: Tensor,
-        timesteps: Tensor,
+        timestep: Tensor,
         text: Tensor,
         texts: tuple[Tensor, Tensor | None, Tensor | None],
         keys: dict[str, tuple[Tensor, Tensor]],
@@ -136,7 +133,7 @@ def _graph(unet: Any) -> Graph:
             return value
 
         model = Model(unet, units, Texts(*texts), keys, guidance, False)
-        return flat_forward(model, CallInputs(sample, timesteps, text), at_site, Joins(), {})
+        return flat_forward(model, CallInputs(sample, timestep, text), at_site, Joins(), {})
 
     return graph
 

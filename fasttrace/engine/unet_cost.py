@@ -19,13 +19,11 @@ class UNetCost:
             they are computed once for all steps.
         flops_to: by site, of what is computed by the time the site's value is there.
         widest: numbers that are alive at once where memory is highest, skip connections included.
-        trail: numbers that a row leaves behind for rows that join it, if they do so at every site.
     """
 
     flops: float
     flops_to: dict[str, float]
     widest: int
-    trail: int
 
     def suffix(self, site: str) -> float:
         """Share of a forward that remains for a row that joins at a site."""
@@ -36,7 +34,7 @@ class _Counter:
     def __init__(self, tokens: int) -> None:
         self.flops, self.flops_to = 0.0, dict[str, float]()
         self.skips: list[int] = []
-        self.widest, self.trail, self._tokens = 0, 0, tokens
+        self.widest, self._tokens = 0, tokens
 
     def weights(self, module: nn.Module, pixels: int) -> None:
         """Every linear and convolution layer inside a module, applied at ``pixels`` positions."""
@@ -47,14 +45,11 @@ class _Counter:
     def alive(self, numbers: int) -> None:
         self.widest = max(self.widest, numbers + sum(self.skips))
 
-    def site(self, name: str, numbers: int) -> None:
-        """A site, and how many numbers are its value and what that is added to."""
+    def site(self, name: str) -> None:
         self.flops_to[f"unet.{name}"] = self.flops
-        self.trail += numbers
 
     def skip(self, numbers: int) -> None:
         self.skips.append(numbers)
-        self.trail += numbers
 
     def resnet(self, name: str, module: Any, pixels: int) -> None:
         convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
@@ -62,7 +57,7 @@ class _Counter:
             self.weights(layer, pixels)
         # Input, its normalised copy and activation, and the first convolution's output.
         self.alive(pixels * (3 * module.conv1.weight.shape[1] + module.conv1.weight.shape[0]))
-        self.site(name, pixels * module.conv2.weight.shape[0])
+        self.site(name)
 
     def attention(self, path: str, module: Any, pixels: int) -> None:
         self.weights(module.proj_in, pixels)
@@ -80,15 +75,14 @@ class _Counter:
                 length = self._tokens if crosses else pixels
                 self.flops += 4 * pixels * length * width
                 self.alive(pixels * 6 * width)
-                self.site(f"{inner}.{name}", 2 * pixels * width)
+                self.site(f"{inner}.{name}")
             self.weights(block.ff, pixels)
             # Two residuals, the input and its normalised copy; value and gate, the gate's activation, their product.
             self.alive(pixels * (4 * width + 4 * block.ff.net[2].weight.shape[1]))
-            self.site(f"{inner}.ff", 2 * pixels * width)
-            self.site(inner, pixels * width)
+            self.site(f"{inner}.ff")
+            self.site(inner)
         self.weights(module.proj_out, pixels)
-        # Its value, and the residual from where the block began.
-        self.site(path, 2 * pixels * module.proj_out.weight.shape[0])
+        self.site(path)
 
 
 def unet_cost(unet: Any, size: Size, tokens: int) -> UNetCost:
@@ -126,7 +120,7 @@ def unet_cost(unet: Any, size: Size, tokens: int) -> UNetCost:
         for sampler in block.upsamplers or ():
             counter.weights(sampler.conv, pixels[level - 1])
     counter.weights(unet.conv_out, pixels[0])
-    return UNetCost(counter.flops, counter.flops_to, counter.widest, counter.trail)
+    return UNetCost(counter.flops, counter.flops_to, counter.widest)
 
 
 def _pair(counter: _Counter, path: str, block: Any, index: int, pixels: int) -> int:

@@ -49,12 +49,12 @@ class CallInputs:
 
     Attributes:
         sample: ``[R, C, h, w]``, of the rows that are there from the start.
-        timesteps: ``[B]`` of all rows, or ``[1]`` where they are at the same.
+        timestep: ``[1]``, of all rows.
         text: ``[B]`` index into the conditions, of all rows.
     """
 
     sample: Tensor
-    timesteps: Tensor
+    timestep: Tensor
     text: Tensor
 
 
@@ -99,8 +99,8 @@ def flat_forward(model: Model, inputs: CallInputs, at_site: AtSite, joins: Joins
     A call without rows at its beginning begins at the first site where some enter.
     """
     unet, text, units = model.unet, inputs.text, model.units or []
-    rows = inputs.sample.new_empty(inputs.timesteps.shape[0])
-    time = unet.time_embedding(unet.get_time_embed(sample=rows, timestep=inputs.timesteps), model.guidance)
+    one = inputs.sample.new_empty(1)
+    time = unet.time_embedding(unet.get_time_embed(sample=one, timestep=inputs.timestep), model.guidance)
     extra = unet.get_aug_embed(
         emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(text)
     )
@@ -145,7 +145,7 @@ def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> T
     with hooks(pairs):
         output: Tensor = model.unet(
             inputs.sample,
-            inputs.timesteps.expand(inputs.sample.shape[0]),
+            inputs.timestep.expand(inputs.sample.shape[0]),
             encoder_hidden_states=model.texts.embeds[inputs.text],
             timestep_cond=model.guidance,
             added_cond_kwargs=model.texts.added(inputs.text),

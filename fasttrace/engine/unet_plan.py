@@ -18,6 +18,9 @@ from ..sites import unet_order
 from .unet_runs import Key, Row
 from .unet_stream import Joins
 
+BUCKET = 8
+"""Rows of a compiled call are a multiple of this."""
+
 Codes = NDArray[np.int32]
 Slot = Patch | tuple[Key, str]
 """What a bank slot holds: a patch's own tensor, or the value that a row had at a site in an earlier call."""
@@ -102,7 +105,8 @@ def pack(rows: Sequence[Row], budget: int, order: dict[str, int], lockstep: bool
         budget: most rows of a call; with ``lockstep``, a row and those that it copies from may be more.
         order: of the sites, from `site_order`.
         lockstep: since a compiled graph neither lets rows join nor gives out values, rows that join are a section of
-            their own, with the roots that they need, and the other roots' calls compute their sources again.
+            their own, with the roots that they need, and the other roots' calls compute their sources again. Fewer
+            roots than a compiled call has stay with the rows that join.
     """
     roots = [row for row in rows if row.parent is None]
     joiners = sorted((row for row in rows if row.parent is not None), key=lambda row: order[joining_site(row, order)])
@@ -111,6 +115,8 @@ def pack(rows: Sequence[Row], budget: int, order: dict[str, int], lockstep: bool
     needed = {key for row in joiners for key in (row.parent, *(source for _, source in row.patches))}
     answered = [row for row in roots if row.key in needed]
     others = [row for row in roots if row.key not in needed] if joiners else roots
+    if joiners and len(others) < BUCKET:
+        return [_even(roots + joiners, budget)]
     by_key = {row.key: row for row in roots}
     return [_even(answered + joiners, budget), *([call] for call in _self_contained(others, by_key, budget))]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ..patch import Patch
 from .unet_request import UNetRequest
 
-Key: TypeAlias = tuple[int, int, int, int]
-"""Names a row's values: group, run, branch (the last is the conditional one), and step where several are in flight."""
+Key: TypeAlias = tuple[int, int, int]
+"""Names a row's values within a step: group, run, branch (the last is the conditional one)."""
+
+CORRUPTED = 1
+"""Index of the corrupted run in every group; the clean one is before it."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,6 @@ def distinct_runs(index: int, request: UNetRequest, texts: dict[str | None, int]
     return Group(index, request, runs, results, plain, texts)
 
 
-def corrupted_alone(group: Group) -> Group:
-    """The same group with its corrupted run only, as run 0."""
-    run = Run("corrupted", 0, (), 0, group.request.steps)
-    return Group(group.index, group.request, [run], [], {"corrupted": 0}, group.texts)
-
-
 def _steps(patch: Patch, steps: int) -> tuple[int, ...] | range:
     return range(steps) if patch.steps is None else patch.steps
 
@@ -127,28 +124,31 @@ def free_rows(group: Group, step: int, joins: bool) -> tuple[list[Row], dict[Key
         if not run.start <= step < run.stop:
             continue
         for branch in range(request.branches):
-            key = (index, run_index, branch, 0)
-            base = (index, run.base, branch, 0)
-            patches = tuple(_patches_at(group, run, step, branch, 0))
+            key = (index, run_index, branch)
+            base = (index, run.base, branch)
+            patches = tuple(_patches_at(group, run, step, branch))
             forks = step == run.start and run.base != run_index
             if forks and not patches:
                 alias[key] = base
             elif step == 0 and run_index and run.base == run_index and branch < request.branches - 1:
-                alias[key] = (index, 0, branch, 0)
+                alias[key] = (index, 0, branch)
             else:
                 rows.append(Row(key, group.text(run_index, branch), base if forks and joins else None, patches))
     return _resolve(rows, alias)
 
 
 def forced_rows(group: Group, step: int, joins: bool) -> tuple[list[Row], dict[Key, Key]]:
-    """Rows of one group at one step of ``teacher_forced``: the conditional branch alone, every run at equal latents."""
+    """Rows of one group at one step of ``teacher_forced``, every run at equal latents.
+
+    The corrupted run has all branches, for the next step's latents come of it; the others have the conditional one.
+    """
     branch, index = group.request.branches - 1, group.index
     alias: dict[Key, Key] = {}
-    rows = []
-    read = {0}
+    rows = [Row((index, CORRUPTED, one), group.text(CORRUPTED, one), None, ()) for one in range(branch)]
+    read = {0, CORRUPTED}
     for run_index, run in enumerate(group.runs):
-        key, base = (index, run_index, branch, step), (index, run.base, branch, step)
-        patches = tuple(_patches_at(group, run, step, branch, step))
+        key, base = (index, run_index, branch), (index, run.base, branch)
+        patches = tuple(_patches_at(group, run, step, branch))
         if run.base == run_index:
             rows.append(Row(key, group.text(run_index, branch), None, ()))
             continue
@@ -163,19 +163,7 @@ def forced_rows(group: Group, step: int, joins: bool) -> tuple[list[Row], dict[K
     return _resolve([row for row in rows if row.key[1] in read or row.patches], alias)
 
 
-def waves(parts: Iterable[list[Row]], parents: int) -> Iterator[list[Row]]:
-    """Rows of several steps together, as many as are joined at ``parents`` rows at most, though at least a step's."""
-    wave: list[Row] = []
-    for part in parts:
-        if wave and len({row.parent for row in (*wave, *part)} - {None}) > parents:
-            yield wave
-            wave = []
-        wave = wave + part
-    if wave:
-        yield wave
-
-
-def _patches_at(group: Group, run: Run, step: int, branch: int, key_step: int) -> Iterator[tuple[Patch, Key | None]]:
+def _patches_at(group: Group, run: Run, step: int, branch: int) -> Iterator[tuple[Patch, Key | None]]:
     conditional = branch == group.request.branches - 1
     for patch in run.patches:
         wanted = patch.branch == "both" or (patch.branch == "cond") == conditional
@@ -184,7 +172,7 @@ def _patches_at(group: Group, run: Run, step: int, branch: int, key_step: int) -
         if wanted and (patch.steps is None or step in patch.steps):
             source = None
             if isinstance(patch.source, str):
-                source = (group.index, group.plain[patch.source], branch, key_step)
+                source = (group.index, group.plain[patch.source], branch)
             yield patch, source
 
 

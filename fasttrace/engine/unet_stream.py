@@ -47,7 +47,7 @@ class Stream:
 
     Attributes:
         x: ``[B, C, h, w]``, or ``[B, P, D]`` within an attention block; rows that enter are appended.
-        time: ``[B, E]`` time embedding of all rows of the call, or ``[1, E]`` where they share it.
+        time: ``[1, E]`` time embedding, or ``[B, E]`` of all rows of the call where conditions are added to it.
         text: ``[B]`` condition of all rows of the call.
         keys: cross-attention keys and values of every condition, by site: ``[K, H, T, d]``.
         embeds: ``[K, T, D]``, for attention that runs as a module.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 from .memory import row_bytes
 from .unet_calls import batch_size, call_rows, cost_of
 from .unet_plan import joining_site, pack, site_order
 from .unet_request import UNetRequest
-from .unet_runs import Group, Row, corrupted_alone, distinct_runs, forced_rows, free_rows, waves
+from .unet_runs import distinct_runs, forced_rows, free_rows
 
 
 def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]:
@@ -22,24 +22,12 @@ def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]
         groups.append(distinct_runs(index, one, dict.fromkeys([*one.conditions, None], 0)))
     forwards, rows, largest = 0.0, 0, 0
     budget, lockstep = call_rows(batch.rows, bool(request.compile))
-    for part in _steps(groups, batch.parents):
+    rows_at = forced_rows if request.protocol == "teacher_forced" else free_rows
+    for step in range(request.steps):
+        part = [row for group in groups for row in rows_at(group, step, True)[0]]
         for call in chain.from_iterable(pack(part, budget, order, lockstep)):
             rows += len(call)
             largest = max(largest, len(call))
         forwards += sum(1.0 if row.parent is None else cost.suffix(joining_site(row, order)) for row in part)
     memory = largest * row_bytes(cost, request.dtype or request.latents.dtype)
     return sum(len(group.runs) for group in groups), forwards, rows, forwards * cost.flops, memory
-
-
-def _steps(groups: Sequence[Group], parents: int) -> Iterator[list[Row]]:
-    """Rows that the engine hands out together."""
-    steps = range(groups[0].request.steps)
-    if groups[0].request.protocol == "free":
-        for step in steps:
-            yield [row for group in groups for row in free_rows(group, step, True)[0]]
-        return
-    for step in steps:
-        yield [row for group in groups for row in free_rows(corrupted_alone(group), step, True)[0]]
-    yield from waves(
-        ([row for group in groups for row in forced_rows(group, step, True)[0]] for step in steps), parents
-    )

@@ -107,11 +107,13 @@ def test_one_batch_of_many_texts(tiny_sd15: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 5)])
-def test_flat_units_are_the_unet_itself(tiny: Any, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", TINY)
+def test_flat_units_are_the_unet_itself(name: str, size: tuple[int, int]) -> None:
     """A trace without patches calls nothing but the units: its first step is the UNet's own output."""
-    latents = torch.randn(4, *size, generator=torch.Generator().manual_seed(3))
-    oracle, fast = both(tiny, [], latents=latents, num_inference_steps=1, protocol="teacher_forced", guidance_scale=1.0)
-    torch.testing.assert_close(fast.clean, oracle.clean, rtol=1e-4, atol=1e-5)
+    pipe = tiny_pipeline(name, torch.float64)
+    latents = torch.randn(4, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    options = {"latents": latents, "num_inference_steps": 1, "guidance_scale": 1.0}
+    assert difference(*both(pipe, [], protocol="teacher_forced", **options)) < 1e-8
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5)])

@@ -16,7 +16,7 @@ from fasttrace.engine.unet import UNetRequest, plan_summary, trace_unet_many, un
 from fasttrace.engine.unet_cost import unet_cost
 from fasttrace.engine.unet_patch import apply_round
 from fasttrace.engine.unet_plan import Round, compose, pack, site_order
-from fasttrace.engine.unet_runs import Key, Row, waves
+from fasttrace.engine.unet_runs import Key, Row
 from fasttrace.ops.restore import KEEP, restore
 from tests.engine.unet_cases import conditions, unet_sites
 
@@ -78,7 +78,7 @@ def test_maps_of_one_row_compose_in_order() -> None:
 
 
 def key(number: int) -> Key:
-    return 0, number, 0, 0
+    return 0, number, 0
 
 
 @settings(deadline=None)
@@ -113,12 +113,13 @@ def test_calls_hold_what_their_rows_need(rows: list[tuple[str, int]], budget: in
             assert len(calls) <= 1
 
 
-def test_steps_share_calls_while_their_parents_states_fit() -> None:
-    patch = (ft.Patch("unet.x"), None)
-    steps = [[Row(key(10 * step), 0, None, ()), *(Row(key(10 * step + n), 0, key(10 * step), (patch,)) for n in (1, 2))]
-             for step in range(5)]  # fmt: skip
-    assert [len(wave) for wave in waves(iter(steps), 2)] == [6, 6, 3]
-    assert list(waves(iter(steps), 1)) == steps
+def test_forced_rows_are_in_the_calls_of_the_trajectory(tiny_sd15: Any) -> None:
+    """A call a step: both branches of the corrupted run, the clean row, and the patched ones."""
+    patches = [ft.Patch(site) for site in unet_sites(tiny_sd15)[:5]]
+    told: list[int] = []
+    one = request(tiny_sd15, patches, protocol="teacher_forced")
+    next(iter(trace_unet_many([one], progress=told.append)))
+    assert told == [3 + len(patches)] * one.steps
 
 
 @pytest.mark.parametrize("protocol", ["free", "teacher_forced"])
