@@ -210,7 +210,8 @@ class Backend(abc.ABC, Generic[Request]):
         numbers = tokens * (10 * width + inner) + 4 * states * width
         return int(max(1, RUNS_BUDGET // (numbers * word_embedding(self.model).weight.element_size())))
 
-    def _states(self, sweep: Sweep) -> Any:
+    def _states(self, sweep: Sweep) -> Iterator[Tensor]:
+        """Final states ``[S, n, T, D]`` (without ``T`` at one position) of some runs after others."""
         noise = sweep.noise
         if noise is None:
             noise = torch.zeros(1, len(sweep.input_ids), self.embedding_width)

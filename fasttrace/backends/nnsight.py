@@ -17,6 +17,7 @@ import torch
 from nnsight.tracing.backend import Backend as _NnsightBackend
 from torch import nn
 
+from ..engine.values import first
 from ..errors import BackendError, SiteError
 from ..patch import Patch, Source
 from ..profile.flops import flop_counter
@@ -157,8 +158,7 @@ class CostBackend(_NnsightBackend):
 
     def _counter(self, name: str) -> Any:
         def count(module: nn.Module, args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
             self.cost.forwards[name] = self.cost.forwards.get(name, 0) + 1
-            self.cost.rows[name] = self.cost.rows.get(name, 0) + len(value)
+            self.cost.rows[name] = self.cost.rows.get(name, 0) + len(first(output))
 
         return count

@@ -82,7 +82,7 @@ def trace_with_patch(
         Probabilities at the last token, averaged over the noise samples, in the shape of ``answers_t``.
 
     Raises:
-        BackendError: prompts that differ by row, or ``trace_layers``.
+        BackendError: prompts or masks that differ by row, ``tokens_to_mix`` outside the prompt, or ``trace_layers``.
     """
     if trace_layers is not None:
         raise BackendError("trace_layers is not supported: record activations with the original's nethook.TraceDict")
@@ -118,12 +118,26 @@ def corruption_noise(
     uniform_noise: bool,
     replace: bool,
 ) -> Tensor:
-    """ROME's noise as the engine takes it: ``[S, T, D]`` to add to the word embeddings, zero outside the span."""
+    """ROME's noise as the engine takes it: ``[S, T, D]`` to add to the word embeddings, zero outside the span.
+
+    Args:
+        input_ids: the prompt, ``[T]``.
+        samples: ``S``.
+        tokens_to_mix, noise, uniform_noise, replace: as in `trace_with_patch`.
+
+    Raises:
+        BackendError: ``tokens_to_mix`` outside the prompt.
+    """
     embedded = on_packed(word_embedding(model), input_ids)
     result = embedded.new_zeros(samples, *embedded.shape)
     if tokens_to_mix is None:
         return result
     begin, end = tokens_to_mix
+    if not 0 <= begin <= end <= len(input_ids):
+        raise BackendError(
+            f"tokens_to_mix={tokens_to_mix}: expected the first token to corrupt and the one after the last, of "
+            f"{len(input_ids)} tokens"
+        )
     generator = np.random.RandomState(1)
     shape = (samples, end - begin, embedded.shape[1])
     draws = torch.from_numpy(generator.uniform(-1, 1, shape) if uniform_noise else generator.randn(*shape))
@@ -141,6 +155,8 @@ def _one_prompt(inp: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, int]:
             f"input_ids of shape {list(ids.shape)}: expected one prompt repeated in 1 + S rows, as "
             "make_inputs([prompt] * (samples + 1)) gives; trace each prompt in a call of its own"
         )
+    if mask is not None and not bool((mask == mask[0]).all()):
+        raise BackendError("attention_mask differs by row: expected that of one prompt, repeated as its tokens are")
     if mask is not None and bool(mask.all()):
         mask = None
     return ids[0], None if mask is None else mask[0], ids.shape[0] - 1

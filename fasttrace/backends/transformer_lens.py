@@ -146,7 +146,7 @@ class TransformerLensBackend(Backend[Cells]):
         The arguments are those of `cells`, for the whole batch: ``tokens`` ``[batch, T]`` and its cache.
 
         Raises:
-            BackendError: a position that the prompts do not have.
+            BackendError: a position that the prompts do not have, or a cache of another number of prompts.
         """
         from transformer_lens.utilities import get_act_name
 
@@ -160,7 +160,7 @@ class TransformerLensBackend(Backend[Cells]):
             states = torch.empty(len(chunk), rows, *shape, self.embedding_width, dtype=self.model.dtype)
             names = {get_act_name(name, layer=int(index[0])) for index in chunk}
             for row, prompt in enumerate(tokens):
-                clean = {key: clean_cache[key][min(row, len(clean_cache[key]) - 1)] for key in names}
+                clean = {key: _row(clean_cache, key, row, rows) for key in names}
                 for numbers, request in self.cells(prompt, clean, name, chunk, setter, only):
                     states[numbers, row] = self.run(request)
             if read is not None:
@@ -174,6 +174,14 @@ class TransformerLensBackend(Backend[Cells]):
         for sample, position in enumerate(positions):
             noise[sample, position] = value[position].to(embedded) - embedded[position]
         return noise
+
+
+def _row(cache: Any, name: str, row: int, rows: int) -> Tensor:
+    """One prompt's activation ``[T, ...]``; a cache of one prompt serves all, as in TransformerLens."""
+    values: Tensor = cache[name]
+    if len(values) not in (1, rows):
+        raise BackendError(f"{name} in the clean cache is of {len(values)} prompts: expected 1, or {rows} as corrupted")
+    return values[row if len(values) > 1 else 0]
 
 
 def _at_tokens(logits: Tensor, tokens: list[int], length: int) -> Tensor:
@@ -228,7 +236,8 @@ def generic_activation_patch(
         What TransformerLens returns: a tensor, a tensor with the index, or a ``PatchingResult``.
 
     Raises:
-        BackendError: a model that is no bridge, or one in compatibility mode.
+        BackendError: a model that is no bridge, or one in compatibility mode; a position that the prompts do not have;
+            a clean cache of several prompts, but not as many.
     """
     from transformer_lens import patching
 

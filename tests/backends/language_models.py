@@ -9,7 +9,8 @@ import torch
 
 from tests.backends.trained import train
 
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+ROTARY = ("llama", "qwen2", "qwen3")
+FAMILIES = ("gpt2", *ROTARY)
 MODELS = (*FAMILIES, "trained gpt2")
 VOCABULARY = 300
 WORDS = ("the", "eiffel", "tower", "stands", "in", "a", "city", "called", "paris", "rome", "space", "needle")
@@ -38,9 +39,9 @@ def language_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
         model = t.GPT2LMHeadModel(config)
     else:
         prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-        # pyvene reads a head's width from the configuration, where Qwen2's own has none.
-        options = _ROTARY if family == "llama" else {**_ROTARY, "head_dim": 8}
-        model = getattr(t, f"{prefix}ForCausalLM")(getattr(t, f"{prefix}Config")(**options))
+        # pyvene reads a head's width from the configuration, where Qwen2's own has none. Small Qwens tie their head.
+        options = {"llama": {}, "qwen2": {"head_dim": 8, "tie_word_embeddings": True}, "qwen3": {"head_dim": 8}}[family]
+        model = getattr(t, f"{prefix}ForCausalLM")(getattr(t, f"{prefix}Config")(**_ROTARY, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:

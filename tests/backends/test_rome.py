@@ -13,7 +13,7 @@ import torch
 from fasttrace.backends import rome
 from fasttrace.errors import BackendError, SiteError
 from tests.backends import trained
-from tests.backends.language_models import MODELS, VOCABULARY, SpaceTokenizer, language_model
+from tests.backends.language_models import MODELS, ROTARY, VOCABULARY, SpaceTokenizer, language_model
 from tests.backends.rome_reference import trace_one_cell
 
 
@@ -119,6 +119,27 @@ def test_padding_is_not_read(family: str) -> None:
     assert (found - unpadded).abs().max() > 1e-6, "the padding's own words must matter where they are read"
 
 
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("padding", [1, 3])
+def test_a_padded_prompt_equals_the_unpadded_one(family: str, padding: int) -> None:
+    """Rotary positions act by their differences alone; transformers rounds their table to float32 in every dtype."""
+    ids, span, answers = prompt(), (2, 4), torch.tensor([5, 7])
+    padded = torch.cat([torch.full((padding,), 11), ids])
+    mask = (torch.arange(len(padded)) >= padding).long()
+
+    def cells(shift: int) -> list[list[tuple[int, str]]]:
+        kinds = (None, "mlp", "attn")
+        return [[(token + shift, layer_name(family, 1, kind))] for token in range(9) for kind in kinds]
+
+    model = language_model(family)
+    expected = rome.trace_many(model, {"input_ids": ids.repeat(4, 1)}, cells(0), answers, span, 0.4)
+    inp = {"input_ids": padded.repeat(4, 1), "attention_mask": mask.repeat(4, 1)}
+    moved = span[0] + padding, span[1] + padding
+    found = rome.trace_many(model, inp, cells(padding), answers, moved, 0.4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    assert (expected - expected[0]).abs().max() > 1e-6, "cells must differ"
+
+
 def test_single_precision_holds_the_promise() -> None:
     ids, span, answer = prompt(), (2, 4), torch.tensor(5)
     cells = [[(token, layer_name("gpt2", 1, None))] for token in range(9)]
@@ -196,6 +217,13 @@ def test_what_has_no_counterpart_is_refused() -> None:
         rome.trace_with_patch(model, inp, [], 0, None, trace_layers=["transformer.h.0"])
     with pytest.raises(BackendError, match="one prompt repeated"):
         rome.trace_with_patch(model, {"input_ids": torch.stack([ids, ids.flip(0)])}, [], 0, None)
+    mask = torch.ones(3, len(ids), dtype=torch.long)
+    mask[2, 0] = 0
+    with pytest.raises(BackendError, match="attention_mask differs by row"):
+        rome.trace_with_patch(model, inp | {"attention_mask": mask}, [], 0, None)
+    for span in ((4, 10), (-1, 2), (5, 4)):
+        with pytest.raises(BackendError, match="of 9 tokens"):
+            rome.trace_with_patch(model, inp, [], 0, span)
     with pytest.raises(SiteError, match=r"transformer\.h\.0"):
         rome.trace_with_patch(model, inp, [(0, "transformer.h.9")], 0, None)
     with pytest.raises(BackendError, match='expected None, "mlp" or "attn"'):

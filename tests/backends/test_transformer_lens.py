@@ -221,6 +221,22 @@ def test_hooks_of_the_user_stay_in_place(bridge_of: Any) -> None:
     handle.remove()
 
 
+def test_one_clean_prompt_serves_all_corrupted_ones_and_other_numbers_are_refused(bridge_of: Any) -> None:
+    bridge = bridge_of("gpt2")
+    caches = {count: bridge.run_with_cache(prompts(count, seed=1))[1] for count in (1, 2)}
+
+    def sweep(library: Any, cache: Any) -> torch.Tensor:
+        setter = patching.layer_pos_patch_setter
+        with torch.no_grad():
+            return library.generic_activation_patch(
+                bridge, prompts(3, seed=2), cache, logit_difference, setter, "resid_post", ("layer", "pos")
+            )
+
+    torch.testing.assert_close(sweep(backend, caches[1]), sweep(patching, caches[1]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(BackendError, match="of 2 prompts: expected 1, or 3"):
+        sweep(backend, caches[2])
+
+
 def test_a_model_that_is_no_bridge_is_refused() -> None:
     with pytest.raises(BackendError, match="boot_transformers"):
         backend.TransformerLensBackend(language_model("gpt2"))
