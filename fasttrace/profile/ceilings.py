@@ -60,6 +60,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Both, for a model on ``device`` in ``dtype``."""
     return Ceilings(gemm_rate(device, dtype), copy_bandwidth(device))
 
 

@@ -51,7 +51,13 @@ class KindCost:
 
 @dataclass(frozen=True)
 class BatchPoint:
-    """One batch size: seconds and peak memory of a whole UNet call."""
+    """One batch size.
+
+    Attributes:
+        batch: samples in a call.
+        seconds: of a whole UNet call.
+        peak_bytes: most memory that a call takes beside what was held before; ``None`` where the system does not say.
+    """
 
     batch: int
     seconds: float
@@ -59,6 +65,7 @@ class BatchPoint:
 
     @property
     def per_sample(self) -> float:
+        """Seconds of a call for one of its samples."""
         return self.seconds / self.batch
 
 
@@ -72,10 +79,12 @@ class UNetCaller:
 
     @torch.no_grad()
     def __call__(self, batch: int) -> Tensor:
+        """The predicted noise ``[batch, C, h, w]``."""
         output: Tensor = self.unet(**self.inputs(batch))[0]
         return output
 
     def inputs(self, batch: int) -> dict[str, Any]:
+        """The arguments of a call: latents ``[batch, C, h, w]`` and text ``[batch, T, D]`` on the UNet's device."""
         unet = self._pipe.unet
         generator = torch.Generator().manual_seed(batch)
         latents = torch.randn(batch, *latent_shape(self._pipe), generator=generator).to(unet.device, unet.dtype)
@@ -123,19 +132,24 @@ def batch_curve(call: UNetCaller, budget: float, largest: int = LARGEST_BATCH) -
 
 
 def kind_costs(call: UNetCaller, batch: int, ceilings: Ceilings, rounds: int) -> list[KindCost]:
-    """Time, operations and traffic of each kind of site in one call, median over ``rounds``."""
+    """Time, operations, traffic and memory of each kind of site in a call.
+
+    Args:
+        call: calls the UNet.
+        batch: samples of the calls that are timed.
+        ceilings: of the machine, for the floors.
+        rounds: calls; times are medians over them.
+
+    Returns:
+        Kinds in the order of `KIND_ORDER`, what lies between the sites last.
+    """
     own: Any = clone(call.unet)
     sites = part_sites(own, "unet")
     modules = {site.name: site.module for site in sites}
     held, all_held = live_bytes(lambda: own(**call.inputs(1)), modules)
     timer = _Timer()
     with timer.on(modules), torch.no_grad():
-        totals = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            own(**call.inputs(batch))
-            totals.append(time.perf_counter() - started)
-    whole = sorted(totals)[rounds // 2]
+        whole = seconds_of(lambda: own(**call.inputs(batch)), rounds, warmup=0)
     seconds = {name: sorted(times)[rounds // 2] for name, times in timer.seconds.items()}
     by_module, all_flops = _flops(own, call)
     weight_bytes = {site.name: _bytes(site.module) for site in sites}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,14 @@ class Overhead:
 
 
 def patching_overhead(pipe: Any, sites: Sequence[Site], rows: int, rounds: int) -> Overhead:
-    """Time both batches in turn, on sites spread over the whole UNet."""
+    """Time both batches in turn, so that a drift of the machine meets both alike, on sites spread over the UNet.
+
+    Args:
+        pipe: the pipeline.
+        sites: of its UNet; as many as ``rows`` are restored.
+        rows: runs of each batch.
+        rounds: how often each is timed.
+    """
     chosen = [sites[index * len(sites) // rows] for index in range(rows)]
     patched = sweep_request(pipe, [Patch(site) for site in chosen], STEPS, 7.5, "free")
     texts = {f"text {row}": encode_prompt(pipe, f"a photo of {row} apples") for row in range(rows)}
@@ -46,8 +54,10 @@ def patching_overhead(pipe: Any, sites: Sequence[Site], rows: int, rounds: int) 
         for name, one in texts.items()
     }
     plain = sweep_request(pipe, [()] * rows, STEPS, 7.5, "free", list(given), sources=given)  # type: ignore[list-item]
-    return Overhead(
-        rows,
-        seconds_of(lambda: run_request(patched), rounds),
-        seconds_of(lambda: run_request(plain), rounds),
-    )
+    times: tuple[list[float], list[float]] = [], []
+    for number in range(1 + rounds):
+        for request, own in zip((patched, plain), times, strict=True):
+            seconds = seconds_of(lambda: run_request(request), 1, warmup=0)  # noqa: B023
+            if number:  # the first call of each is its warm-up
+                own.append(seconds)
+    return Overhead(rows, *map(statistics.median, times))
