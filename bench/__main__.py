@@ -3,14 +3,17 @@
     python -m bench [--full] [SUITE ...]
 
 A suite is a module ``bench_<name>.py`` whose main takes the names of its parts; ``QUICK`` lists what runs without
-``--full``, chosen to end within five minutes on two cores.
+``--full``, chosen to end within five minutes on two cores. What the quick form measures is shown and not recorded.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+
+from . import record
 
 SUITES = ("text", "unet", "pictures", "edit", "backends", "planner", "scaling")
 QUICK: dict[str, list[str]] = {
@@ -29,11 +32,12 @@ def main(arguments: Sequence[str]) -> int:
     if unknown:
         print(f"no suite {unknown[0]!r}: expected one of {', '.join(SUITES)}", file=sys.stderr)
         return 2
+    environment = os.environ | ({} if full else {record.SWITCH: "0"})
     failed = []
     for name in chosen:
         command = [sys.executable, "-m", f"bench.bench_{name}", *([] if full else QUICK.get(name, []))]
         print(f"\n== {name}: {' '.join(['python', *command[1:]])}", flush=True)
-        if subprocess.run(command, check=False).returncode:
+        if subprocess.run(command, env=environment, check=False).returncode:
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

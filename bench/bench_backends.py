@@ -4,7 +4,7 @@
 
 Random weights. Each library is used as its documentation recommends. A rival that takes minutes is timed on a spread of
 the cells and scaled, and the row says so; the cells that it did run are compared with ours first. Peak memory is beside
-the model's weights; a rival's is that of the cells that it ran. Ours run within the budget of memory that backends state.
+the model's weights; a rival's is that of the cells that it ran. Ours run within the memory that backends state.
 """
 
 from __future__ import annotations

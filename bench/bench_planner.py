@@ -1,7 +1,8 @@
-"""How long plans take: text plans, UNet plans and whole studies, up to 100,000 patches; no model runs.
+"""How long it takes to check and count a teacher-forced sweep of UNet patches, up to 100,000 of them; no model runs.
 
-python -m bench.bench_planner            (or, with pytest-benchmark's own table and options:)
-python -m pytest bench/bench_planner.py --benchmark-only
+    python -m bench.bench_planner
+
+or, with pytest-benchmark's own table and options, up to 10,000: ``pytest bench/bench_planner.py --benchmark-only``.
 """
 
 from __future__ import annotations

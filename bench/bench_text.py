@@ -23,7 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import fasttrace as ft
 from fasttrace.engine import packed_text
 from fasttrace.engine.linear import linear_calls
+from fasttrace.engine.oracle import hooks
 from fasttrace.engine.text import text_request
+from fasttrace.engine.values import first
 
 from . import record
 from .timing import beside, first_calls, interleaved
@@ -59,35 +61,32 @@ def gemm_rates(dtype: torch.dtype, rows: int = 4096) -> float:
 def hooked(encoder: Any, ids: Tensor, noise: Tensor, clean: dict[str, Tensor], patches: list[ft.Patch]) -> Tensor:
     """One corrupted forward with a row for each patch, each patch by a hook."""
     modules = {site.name: site.module for site in ft.discover_sites(encoder)}
-    handles = [
-        encoder.get_input_embeddings().register_forward_hook(lambda module, args, output: output + noise),
-    ]
-    for row, patch in enumerate(patches):
 
-        def overwrite(module: Any, args: Any, output: Any, row: int = row, patch: ft.Patch = patch) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            value[row, list(patch.positions or ())] = clean[patch.site][list(patch.positions or ())]
+    def corrupt(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + noise
 
-        handles.append(modules[patch.site].register_forward_hook(overwrite))
-    try:
+    def restore(row: int, patch: ft.Patch) -> Callable[..., None]:
+        positions = list(patch.positions or ())
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            first(output)[row, positions] = clean[patch.site][positions]
+
+        return hook
+
+    restoring = [(modules[patch.site], restore(row, patch)) for row, patch in enumerate(patches)]
+    with hooks([(encoder.get_input_embeddings(), corrupt), *restoring]):
         return encoder(input_ids=ids.expand(len(patches), -1)).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def clean_values(encoder: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Every site's value ``[T, D]`` in the clean run."""
     values: dict[str, Tensor] = {}
-    handles = []
-    for site in ft.discover_sites(encoder):
 
-        def keep(module: Any, args: Any, output: Any, name: str = site.name) -> None:
-            values[name] = (output[0] if isinstance(output, tuple) else output)[0].clone()
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: values.__setitem__(name, first(output)[0].clone())
 
-        handles.append(site.module.register_forward_hook(keep))
-    encoder(input_ids=ids[None])
-    for handle in handles:
-        handle.remove()
+    with hooks([(site.module, keep(site.name)) for site in ft.discover_sites(encoder)]):
+        encoder(input_ids=ids[None])
     return values
 
 

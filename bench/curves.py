@@ -163,6 +163,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         Curve(TEXT, "batch size", (256, 1024, 4096, 16384), lambda size: text_run(max_rows=size)),
     ),
     "unet": (
+        # No further: there are 820 pairs, and 10,000 runs through every step would take minutes a call.
         Curve(FREE, "patches", DECADES[:4], lambda size: unet_run(pairs(size))),
         Curve(FORCED, "patches", DECADES, forced_run),
         Curve(FREE, "batch size", (2, 4, 8, 16, 32, 64), lambda size: unet_run(each(), max_batch=size)),

@@ -6,6 +6,7 @@ import csv
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ import torch
 from fasttrace.profile.ceilings import machine_name
 
 RESULTS = Path(__file__).parent / "results"
+SWITCH = "BENCH_RECORD"
+"""Environment variable; ``0`` is said by `make bench`, whose few rounds would take the place of good rows."""
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
@@ -39,13 +42,15 @@ def provenance() -> dict[str, str]:
 
 
 def append(suite: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Append rows to a suite's file; columns that an older file lacks are added to it.
+    """Append rows to a suite's file, unless `SWITCH` is off; columns that an older file lacks are added to it.
 
     Args:
         suite: name of the file.
         rows: measured figures, with units in their column names (``median_s``, ``ratio``, ``peak_mib``).
     """
     path = RESULTS / f"{suite}.csv"
+    if os.environ.get(SWITCH) == "0":
+        return path
     old: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:

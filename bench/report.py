@@ -38,13 +38,19 @@ TITLES = {
 INTRODUCTION = """# Results
 
 Everything here is written by `make bench-report` from `bench/results/*.csv`; the command over a table repeats it (with
-`.venv/bin/python`, which `make bench` sets up), and `make bench-full` repeats all of it. Times are medians of
+`.venv/bin/python`, which `make bench` sets up), and `make bench-full` all of them but the last two: what edits do to
+pictures, and the compiled kernels. `make bench` runs a part of them quickly and records nothing. Times are medians of
 interleaved rounds in one process, ratios are taken round by round, with their range in brackets: above 1 means that
 fasttrace is faster. A rival that beats it is shown like any other. Contenders are compared with each other before they
 are timed; where all of a rival's work would take too long, a part of it is timed and scaled, and the row says which.
 Peak memory is what a call holds at most beside weights and inputs, its results included; a rival's is that of the part
 that was timed. Absolute times belong to the machine named under the table.
 """
+
+NOTES = {
+    "scaling": """Free UNet runs stop at 316, of 820 pairs of sites: each goes through every step, so that 10,000
+of them would take minutes a call, and their exponent is near 1 already.""",
+}
 
 _FIRST = ("goal", "timed", "median_s", "rival_median_s", "ratio", "peak_mib", "rival_peak_mib")
 _RANGES = (("_lowest", "_highest"), ("_low", "_high"))
@@ -70,6 +76,7 @@ def section(suite: str, table: pd.DataFrame, figure: str = "") -> str:
     title, command = TITLES.get(suite, (suite, f"python -m bench.bench_{suite}"))
     shown = newest(table)
     lines = [f"## {title}", "", f"`{command}`", "", *([figure, ""] if figure else [])]
+    lines += [NOTES[suite], ""] if suite in NOTES else []
     known = [name for name in PROVENANCE if name in shown.columns]
     measured = shown.drop(columns=known)
     for part in _parts(exponents(measured) if suite == "scaling" else measured):

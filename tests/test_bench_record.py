@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import __main__ as benches
 from bench import record
 from bench.timing import Timing, interleaved
 from fasttrace.profile.peak import peak_of
@@ -23,6 +26,23 @@ def test_rows_are_appended_and_new_columns_reach_old_rows(tmp_path: Path, monkey
         rows = list(csv.DictReader(file))
     assert [(r["case"], r["median_s"], r["ratio"]) for r in rows] == [("a", "1.5", ""), ("b", "2.5", "3")]
     assert all(r["machine"] and r["versions"].startswith("python") for r in rows)
+
+
+@pytest.mark.parametrize(("arguments", "files"), [(["text"], []), (["--full", "text"], ["text.csv"])])
+def test_only_the_full_form_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], files: list[str]
+) -> None:
+    def measure(command: list[str], env: dict[str, str], check: bool) -> SimpleNamespace:
+        monkeypatch.setattr(os, "environ", env)
+        record.append(command[2].removeprefix("bench.bench_"), [{"case": "a", "median_s": 9.0}])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.delenv(record.SWITCH, raising=False)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "provenance", dict)
+    monkeypatch.setattr(benches, "subprocess", SimpleNamespace(run=measure))
+    assert benches.main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == files
 
 
 def test_contenders_take_turns() -> None:
