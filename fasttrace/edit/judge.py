@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EditError
-from ..pipeline import decode_latents, latent_shape
+from ..pipeline import decode_latents
 from ..scorers import Scorer, clip_scores
 from .edit import Edit
 
@@ -216,17 +216,13 @@ def pictures(
     max_batch: int = 32,
 ) -> Tensor:
     """``[N, 3, H, W]`` in [0, 1], as the pipeline makes them of each text and seed by itself."""
-    channels, height, width = latent_shape(pipe)
     final = []
     for start in range(0, len(texts), max_batch):
         batch = slice(start, start + max_batch)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-        latents = torch.cat([torch.randn((1, channels, height, width), generator=g) for g in generators])
         final.append(
             pipe(
                 list(texts[batch]),
-                latents=latents.to(pipe.unet.device, pipe.unet.dtype),
-                generator=generators,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 output_type="latent",

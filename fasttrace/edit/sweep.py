@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EditError
-from ..pipeline import decode_latents, latent_shape, needs_added
+from ..pipeline import decode_latents, needs_added
 from ..prompts import Prompt
 from ..sites import TEXT_PARTS, Site
 from .concepts import Concepts, Positions, pairs_of, preserved
@@ -137,7 +137,12 @@ def edited_states(pipe: Any, edits: Sequence[Edit | None], prompt: str, max_batc
         pipe: the pipeline.
         edits: candidates; those that change no text matrix give the prompt's own states.
         max_batch: rows at once.
+
+    Raises:
+        EditError: no edits, or an edit for another model.
     """
+    if not edits:
+        raise EditError("expected at least one edit; None stands for the unedited model")
     order = sorted(range(len(edits)), key=lambda i: _text_names(edits[i]))
     single = getattr(pipe, "text_encoder_2", None) is None
     parts: list[Tensor] = []
@@ -173,19 +178,17 @@ def edited_pictures(
     guidance_scale: float = 7.5,
     max_batch: int = 16,
 ) -> Tensor:
-    """``[E, 3, H, W]`` in [0, 1]: one prompt and seed under each edit, from the same latents.
+    """``[E, 3, H, W]`` in [0, 1]: one prompt and seed under each edit, from the same latents and scheduler noise.
 
     Both branches of guidance run under the row's edit, as they would with the edit in the weights.
 
     Raises:
-        EditError: a pipeline with added conditions (SDXL), whose pooled text is not followed row by row.
+        EditError: no edits, or a pipeline with added conditions (SDXL), whose pooled text is not followed row by row.
     """
     if needs_added(pipe):
         raise EditError("edited_pictures: SDXL's pooled text is not followed row by row; apply the edits one at a time")
     conditional = edited_states(pipe, edits, prompt)
     negative = edited_states(pipe, edits, "")
-    latents = torch.randn((1, *latent_shape(pipe)), generator=torch.Generator().manual_seed(seed))
-    start = latents.to(pipe.unet.device, pipe.unet.dtype)
     final = []
     for first in range(0, len(edits), max_batch):
         chunk = slice(first, first + max_batch)
@@ -194,7 +197,6 @@ def edited_pictures(
             result = pipe(
                 prompt_embeds=conditional[chunk],
                 negative_prompt_embeds=negative[chunk],
-                latents=start.expand(count, -1, -1, -1).clone(),
                 generator=[torch.Generator().manual_seed(seed) for _ in range(count)],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 
 import fasttrace as ft
-from fasttrace.edit import METHODS, edited_pictures, edited_states, fit_candidates, list_matrices, row_edits
+from fasttrace.edit import METHODS, edited_pictures, edited_states, fit_candidates, judge, list_matrices, row_edits
 from fasttrace.edit.keys import text_states
 from fasttrace.errors import EditError
 from fasttrace.pipeline import decode_latents
@@ -73,6 +74,20 @@ def test_pictures_equal_applied_edits(tiny_sd15: Any) -> None:
     assert different >= 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pictures_are_the_pipeline_s_own_where_the_scheduler_draws_noise(dtype: torch.dtype) -> None:
+    """The noise of later steps follows the latents in the seed's stream; it must not start with them again."""
+    pipe = ft.zoo.random_pipeline("tiny-sd15", dtype=dtype)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    generator = torch.Generator().manual_seed(3)
+    own = decode_latents(pipe, pipe(PROMPT, generator=generator, num_inference_steps=2, output_type="latent").images)
+    rows = edited_pictures(pipe, [None, None], PROMPT, 3, num_inference_steps=2)
+    judged = judge.pictures(pipe, [PROMPT, PROMPT], [3, 4], num_inference_steps=2, guidance_scale=7.5)
+    torch.testing.assert_close(rows, own.expand_as(rows), rtol=0, atol=1e-5)
+    torch.testing.assert_close(judged[:1], own, rtol=0, atol=1e-5)
+    assert float((judged[1] - own[0]).abs().max()) > 1e-3
+
+
 def test_rows_leave_no_trace(tiny_sd15: Any) -> None:
     before = {m.name: m.weight._version for m in list_matrices(tiny_sd15)}
     edits = fit_candidates(tiny_sd15, CONCEPT, sites="text_encoder.*.mlp")
@@ -89,5 +104,7 @@ def test_bad_input(tiny_sd15: Any, tiny_sdxl: Any) -> None:
         pass
     with pytest.raises(EditError, match="not in a text encoder"):
         fit_candidates(tiny_sd15, CONCEPT, sites="unet.*.attn2")
+    with pytest.raises(EditError, match="at least one edit"):
+        edited_states(tiny_sd15, [], PROMPT)
     with pytest.raises(EditError, match="SDXL"):
         edited_pictures(tiny_sdxl, [edit], PROMPT, 0)
