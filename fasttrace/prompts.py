@@ -25,7 +25,8 @@ class Prompt:
         seeds: seeds of this prompt's latents, if they differ from the study's.
 
     Raises:
-        PromptError: empty text, or a subject that does not stand in it as whole words.
+        PromptError: a text or subject that is empty or no text, or a subject that does not stand in the text as whole
+            words.
     """
 
     text: str
@@ -38,6 +39,9 @@ class Prompt:
     spans: tuple[tuple[int, int], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("text", "subject"):
+            if not isinstance(getattr(self, name), str):
+                raise PromptError(f"{name}={getattr(self, name)!r}: expected text")
         if not self.text.strip():
             raise PromptError("prompt text is empty: expected a caption")
         if not self.subject.strip():
@@ -67,19 +71,20 @@ class Prompt:
         encoded = tokenizer(self.text, padding="max_length", truncation=True, max_length=limit)
         ids = tuple(int(i) for i in encoded["input_ids"])
         owners = _token_spans(self.text, tokenizer)
-        subject = [i for i, (start, stop) in enumerate(owners) if any(start < b and a < stop for a, b in self.spans)]
-        if not subject:
-            raise PromptError(f"the subject {self.subject!r} of {self.text!r} has no token of its own")
         bos = 1 if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else 0
         eos = ids.index(tokenizer.eos_token_id, 1) if tokenizer.eos_token_id in ids[1:] else len(ids) - 1
-        positions = tuple(index + bos for index in subject)
-        if positions[-1] >= eos:
+        found = [[i + bos for i, (a, b) in enumerate(owners) if a < stop and start < b] for start, stop in self.spans]
+        occurrences = tuple(tuple(tokens) for tokens in found if tokens)
+        if not occurrences:
+            raise PromptError(f"the subject {self.subject!r} of {self.text!r} has no token of its own")
+        last = occurrences[-1][-1]
+        if last >= eos:
             raise PromptError(
                 f"the subject {self.subject!r} of {self.text!r} is cut off: its last token would stand at position "
-                f"{positions[-1]}, and the tokenizer keeps {limit} tokens; shorten the prompt"
+                f"{last}, and the tokenizer keeps {limit} tokens; shorten the prompt"
             )
         words = tokenizer.convert_ids_to_tokens(list(ids))
-        return TokenizedPrompt(ids, positions, eos, tuple(str(word).replace("</w>", "") for word in words))
+        return TokenizedPrompt(ids, occurrences, eos, tuple(str(word).replace("</w>", "") for word in words))
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,20 @@ class TokenizedPrompt:
 
     Attributes:
         ids: token ids, padded to the tokenizer's limit.
-        subject: positions of the subject's tokens, ascending.
+        occurrences: positions of the subject's tokens, ascending, for each place where it stands.
         eos: position of the first end-of-text token.
         tokens: each position's text, for labels.
     """
 
     ids: tuple[int, ...]
-    subject: tuple[int, ...]
+    occurrences: tuple[tuple[int, ...], ...]
     eos: int
     tokens: tuple[str, ...]
+
+    @property
+    def subject(self) -> tuple[int, ...]:
+        """Positions of all the subject's tokens, ascending."""
+        return tuple(sorted({position for tokens in self.occurrences for position in tokens}))
 
     def role(self, name: str) -> tuple[int, ...]:
         """Positions of a token role: ``subject``, ``subject_first``, ``subject_last``, ``eos`` or ``pad``.
@@ -109,11 +119,10 @@ class TokenizedPrompt:
             return (self.eos,)
         if name == "pad":
             return tuple(range(self.eos + 1, len(self.ids)))
-        here = set(self.subject)
         if name == "subject_first":
-            return tuple(p for p in self.subject if p - 1 not in here)
+            return tuple(tokens[0] for tokens in self.occurrences)
         if name == "subject_last":
-            return tuple(p for p in self.subject if p + 1 not in here)
+            return tuple(tokens[-1] for tokens in self.occurrences)
         raise PromptError(f"token role {name!r}: expected subject, subject_first, subject_last, eos or pad")
 
     def role_of(self, position: int) -> str:

@@ -32,6 +32,8 @@ def subject_text(prompt: ft.Prompt, tokenizer: Any) -> str:
         ("a photo of   van  gogh at night", "van gogh", 1),
         ("xylophonist playing", "xylophonist", 1),
         ("a pineapple beside an apple", "apple", 1),
+        ("a very very red apple", "very", 2),
+        ("van gogh, van gogh van gogh", "van gogh", 3),
     ],
 )
 def test_positions_spell_the_subject(tokenizer: Any, text: str, subject: str, occurrences: int) -> None:
@@ -83,8 +85,11 @@ def test_a_subject_that_just_fits_is_taken(tokenizer: Any) -> None:
     assert tokenized.eos == 76
 
 
-@pytest.mark.parametrize(("text", "subject", "span"), [("", "x", None), ("a", " ", None), ("a cat", "cat", (2, 9))])
-def test_malformed_prompts_are_refused(text: str, subject: str, span: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "subject", "span"),
+    [("", "x", None), ("a", " ", None), ("a cat", "cat", (2, 9)), (None, "cat", None), ("a cat", ["cat"], None)],
+)
+def test_malformed_prompts_are_refused(text: Any, subject: Any, span: tuple[int, int] | None) -> None:
     with pytest.raises(PromptError):
         ft.Prompt(text, subject, span=span)
 
