@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from numbers import Real
+from typing import Any, Final, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .errors import PatchError
@@ -45,14 +49,18 @@ class Noise:
     Args:
         sigma: standard deviation, >= 0.
         seed: key of the generator.
+
+    Raises:
+        PatchError: a sigma that is not a finite number >= 0.
     """
 
     sigma: float
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.sigma >= 0:
-            raise PatchError(f"Noise(sigma={self.sigma!r}): expected a number >= 0")
+        sigma: Any = self.sigma
+        if not isinstance(sigma, Real) or not 0 <= float(sigma) < math.inf:
+            raise PatchError(f"Noise(sigma={self.sigma!r}): expected a finite number >= 0")
 
 
 Source: TypeAlias = str | _Zero | Tensor | Noise | Add
@@ -75,7 +83,8 @@ class Patch:
             (``[D]``, ``[P, D]``, or ``[C, h, w]`` for spatial sites), `Noise` or `Add`.
 
     Raises:
-        PatchError: an unknown role or branch, or a source of another type.
+        PatchError: an unknown role or branch, positions or steps that are no whole numbers (a mask of booleans, say),
+            or a source of another type.
     """
 
     site: str
@@ -155,19 +164,32 @@ def as_runs(patches: Iterable[PatchSet]) -> list[tuple[Patch, ...]]:
     Raises:
         PatchError: an element is neither a `Patch` nor a sequence of them.
     """
-    runs = [(run,) if isinstance(run, Patch) else tuple(run) for run in patches]
-    for index, run in enumerate(runs):
-        for patch in run:
+    if isinstance(patches, Patch):
+        raise PatchError(f"patches={patches!r} is a single Patch: expected a list, with one element for each run")
+    runs: list[tuple[Patch, ...]] = []
+    for index, run in enumerate(patches):
+        members = (run,) if isinstance(run, Patch) or not isinstance(run, Iterable) else tuple(run)
+        for patch in members:
             if not isinstance(patch, Patch):
                 raise PatchError(f"patches[{index}] contains {patch!r}: expected a Patch or a tuple of Patches")
+        runs.append(members)
     return runs
 
 
 def _indices(values: Iterable[int], what: str) -> tuple[int, ...]:
     try:
-        return tuple(int(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise PatchError(f"{what}={values!r}: expected None or integers") from error
+        return tuple(_index(value) for value in values)
+    except TypeError as error:
+        raise PatchError(
+            f"{what}={values!r}: expected None or integers; of a mask of booleans give the indices that are True"
+        ) from error
+
+
+def _index(value: Any) -> int:
+    """The value itself; a float would be cut off silently, and a mask read as the indices 0 and 1."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        raise TypeError(f"{value!r} is a truth value")
+    return operator.index(value)
 
 
 def _check_range(site: str, what: str, values: Sequence[int], count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,11 @@ SITE = "unet.mid_block.resnets.0"
         ({"source": 3}, "ZERO"),
         ({"positions": ["a"]}, "integers"),
         ({"steps": [None]}, "integers"),
+        ({"positions": [1.5]}, "integers"),
+        ({"positions": torch.tensor([1.0, 2.0])}, "integers"),
+        ({"positions": [False, True, True]}, "indices that are True"),
+        ({"positions": torch.tensor([False, True, True])}, "indices that are True"),
+        ({"positions": np.array([False, True])}, "indices that are True"),
     ],
 )
 def test_malformed_patches_are_refused(arguments: dict, message: str) -> None:
@@ -56,8 +62,18 @@ def test_runs_are_tuples_of_patches() -> None:
     one, two = ft.Patch(SITE), ft.Patch(SITE, steps=range(3))
     assert as_runs([one, [one, two], ()]) == [(one,), (one, two), ()]
     assert two.steps == (0, 1, 2)
-    with pytest.raises(PatchError, match=r"patches\[0\]"):
-        as_runs([[SITE]])
+    assert ft.Patch(SITE, torch.tensor([2, 4]), np.arange(2)).positions == (2, 4)
+    for wrong in ([SITE], None, 3):
+        with pytest.raises(PatchError, match=r"patches\[0\]"):
+            as_runs([wrong])
+    with pytest.raises(PatchError, match="expected a list, with one element for each run"):
+        as_runs(one)
+
+
+@pytest.mark.parametrize("sigma", [-1.0, float("nan"), float("inf"), "much", None])
+def test_noise_of_no_finite_size_is_refused(sigma: object) -> None:
+    with pytest.raises(PatchError, match="expected a finite number >= 0"):
+        ft.Noise(sigma)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (5, 2, 3)])
