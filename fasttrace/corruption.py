@@ -84,7 +84,8 @@ class GaussianNoise:
         seed: key of the generator. Draws differ by seed, sample, token position and channel, and by nothing else.
 
     Raises:
-        PatchError: a scale that is neither a finite number >= 0 nor of the form ``"3x"``, or fewer than one sample.
+        PatchError: a scale that is neither a finite number >= 0 nor of the form ``"3x"``, fewer than one sample, or a
+            number of samples or a seed that is no whole number.
     """
 
     scale: float | str = "3x"
@@ -92,6 +93,10 @@ class GaussianNoise:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("samples", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise PatchError(f"{name}={value!r} of a corruption: expected a whole number")
         if self.samples < 1:
             raise PatchError(f"samples={self.samples}: a corruption needs at least 1 noise sample")
         self._factor()
@@ -100,7 +105,7 @@ class GaussianNoise:
         text = self.scale[:-1] if isinstance(self.scale, str) and self.scale.endswith("x") else self.scale
         try:
             value = float(text)
-        except ValueError:
+        except (TypeError, ValueError):
             value = float("nan")
         if not np.isfinite(value) or value < 0:
             raise PatchError(f'corruption scale {self.scale!r}: expected a number >= 0, or a multiple such as "3x"')

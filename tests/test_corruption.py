@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,8 +62,8 @@ def test_noise_stands_at_the_given_positions_only() -> None:
     assert not noise[[0, 1, 3, 4, 5, 7, 8]].any()
 
 
-@pytest.mark.parametrize("scale", [-1, "x", "-2x", "three", float("nan"), float("inf")])
-def test_bad_scales_are_refused(scale: float | str) -> None:
+@pytest.mark.parametrize("scale", [-1, "x", "-2x", "three", float("nan"), float("inf"), None, [3]])
+def test_bad_scales_are_refused(scale: Any) -> None:
     with pytest.raises(PatchError, match="scale"):
         ft.GaussianNoise(scale)
 
@@ -69,3 +71,9 @@ def test_bad_scales_are_refused(scale: float | str) -> None:
 def test_no_samples_are_refused() -> None:
     with pytest.raises(PatchError, match="samples=0"):
         ft.GaussianNoise(samples=0)
+
+
+@pytest.mark.parametrize("given", [{"samples": 1.5}, {"samples": "2"}, {"samples": True}, {"seed": "first"}])
+def test_samples_and_seeds_are_whole_numbers(given: dict[str, Any]) -> None:
+    with pytest.raises(PatchError, match="expected a whole number"):
+        ft.GaussianNoise(1.0, **given)
