@@ -117,7 +117,8 @@ class Effects:
     ) -> pd.DataFrame:
         """`aie`, strongest first, with what the data say about the order.
 
-        Added columns: ``rank`` (by ``aie``; equal values share the better one), ``rank_low`` and ``rank_high`` (the
+        Strongest is the highest in a study that restores, and the lowest in one that noises (see `direction`). Added
+        columns: ``rank`` (by ``aie``; equal values share the better one), ``rank_low`` and ``rank_high`` (the
         bootstrap interval of the rank), and ``tied_with_first`` (the paired difference from the first group does not
         exclude zero; with one prompt nothing can be excluded). Ranks are within each metric, and within each value of
         the other columns that change an effect's meaning.
@@ -130,13 +131,15 @@ class Effects:
         meaning = [name for name in self.meaning() if name == "metric" or name not in as_list(by)]
         parts = []
         for _, part in table.groupby(meaning, sort=False, dropna=False):
-            matrix = groups.common_matrix(part.index)
-            order = np.argsort(-part["aie"].to_numpy(), kind="stable")
+            sign = self.direction(part["base"].iloc[0] if "base" in part else None)
+            matrix = sign * groups.common_matrix(part.index)
+            strength = sign * part["aie"]
+            order = np.argsort(-strength.to_numpy(), kind="stable")
             low, high = statistics.rank_interval(matrix, confidence, resamples, seed)
             gap = matrix[order[0]] - matrix
             gap_low, gap_high = statistics.mean_interval(gap, confidence, resamples, seed)
             ranked = part.assign(
-                rank=part["aie"].rank(ascending=False, method="min").astype(int),
+                rank=strength.rank(ascending=False, method="min").astype(int),
                 rank_low=low,
                 rank_high=high,
                 tied_with_first=~((gap_low > 0) | (gap_high < 0)),
@@ -244,6 +247,18 @@ class Effects:
         """``metric``, and the other columns of `MEANING` that have several values here."""
         spread = [name for name in MEANING[1:] if self.table[name].nunique(dropna=False) > 1]
         return ["metric", *spread]
+
+    def direction(self, base: str | None = None) -> int:
+        """1 where a strong effect is a high one; -1 where it is a low one.
+
+        Noising a site that is needed lowers the score. Where pictures are scored against a prompt's target, patching
+        that target in raises it.
+
+        Args:
+            base: of the runs that are meant, where the table has several.
+        """
+        noises = (base or self.table["base"].iloc[0]) == "clean"
+        return -1 if noises and self.record.get("scored_text") != "target" else 1
 
     def _check_columns(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.table.columns]

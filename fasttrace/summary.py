@@ -20,7 +20,6 @@ def summarize(effects: Effects, by: str | Sequence[str] | None = None) -> str:
         effects: the table.
         by: columns that name what is compared; sites by default, with token roles where they vary.
     """
-    first = effects.table.iloc[0]
     keys = [by] if isinstance(by, str) else list(by) if by else _default_keys(effects)
     paragraphs = [_what_was_done(effects)]
     spread = [name for name in effects.meaning() if name != "metric"]
@@ -34,7 +33,7 @@ def summarize(effects: Effects, by: str | Sequence[str] | None = None) -> str:
     for metric in effects.table["metric"].unique():
         one = effects.where(metric=metric)
         total = _what_corruption_did(one)
-        paragraphs.append(f"{metric}: {total} {_what_sites_did(one, keys, str(first['base']))}")
+        paragraphs.append(f"{metric}: {total} {_what_sites_did(one, keys)}")
     paragraphs.append(_how_sure(effects))
     return "\n".join(paragraphs)
 
@@ -82,18 +81,14 @@ def _what_corruption_did(effects: Effects) -> str:
     return text
 
 
-def _what_sites_did(effects: Effects, keys: list[str], base: str) -> str:
-    ranked = effects.rank(by=keys)
-    needed = base == "clean"
-    if needed:
-        ranked = ranked.iloc[::-1].reset_index(drop=True)
+def _what_sites_did(effects: Effects, keys: list[str]) -> str:
+    ranked, needed = effects.rank(by=keys), effects.direction() < 0
     top = ranked.iloc[0]
     share = "" if pd.isna(top["share"]) else f", {100 * abs(top['share']):.0f}% of the total effect"
     interval = "" if pd.isna(top["low"]) else f", 95% interval {number(top['low'])} to {number(top['high'])}"
     verb = "takes away most" if needed else "brings back most"
     text = f"{_name(top, keys)} {verb}: {number(top['aie'])} ({interval.removeprefix(', ') or 'no interval'}{share})."
-    if not needed:
-        text += _ties(ranked)
+    text += _ties(ranked)
     sure = int(((ranked["low"] > 0) | (ranked["high"] < 0)).sum())
     if ranked["low"].notna().any():
         text += f" {sure} of {counted(len(ranked), 'effect')} have an interval that excludes zero."

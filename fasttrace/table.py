@@ -24,21 +24,22 @@ COLUMNS = (
 MEANING = ("metric", "protocol", "base", "source", "branch")
 
 _SIDES = ("down_blocks", "mid_block", "up_blocks")
-_WITHIN = ("resnets", "attentions", "self_attn", "attn1", "attn2", "mlp", "ff")
+_WITHIN = ("resnets", "attentions", "heads", "self_attn", "attn1", "attn2", "mlp", "ff")
 
 
 def network_order(site: str) -> tuple[int, ...]:
     """A sort key that puts sites in the order in which the pipeline runs them: text encoders first, then the UNet.
 
     It reads the name alone, so that tables can be ordered where there is no model. Within a UNet block resnets and
-    attentions alternate, a resnet first; a text layer comes after its parts. A window or set of sites stands where its
-    first one does.
+    attentions alternate, a resnet first; heads come before their attention, and a text layer after its parts. A window
+    or set of sites stands where its first one does.
     """
     part, *path = re.split(r" \+ |\.\.", site)[0].split(".")
     numbers = [int(piece) for piece in path if piece.isdigit()]
     if part != "unet":
-        kind = path[-1] if path and not path[-1].isdigit() else ""
-        return (0, int(part.removeprefix("text_encoder").strip("_") or 1), *numbers, _place(kind))
+        kind = "heads" if "heads" in path else path[-1] if path and not path[-1].isdigit() else ""
+        encoder = int(part.removeprefix("text_encoder").strip("_") or 1)
+        return (0, encoder, *numbers[:1], _place(kind), *numbers[1:])
     side = path[0] if path else ""
     if side == "mid_block":
         numbers.insert(0, 0)

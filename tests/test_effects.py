@@ -211,6 +211,16 @@ def test_network_order_is_execution_order(name):
     assert sorted(shuffled, key=network_order) == names
 
 
+def test_heads_come_one_after_another_before_their_attention():
+    def layer(number):
+        name = f"text_encoder.encoder.layers.{number}"
+        return [*(f"{name}.self_attn.heads.{head}" for head in range(12)), f"{name}.self_attn", f"{name}.mlp", name]
+
+    names = [*layer(0), *layer(1), "text_encoder_2.encoder.layers.0.mlp", "unet.down_blocks.0.resnets.0"]
+    shuffled = list(np.random.default_rng(0).permutation(names))
+    assert sorted(shuffled, key=network_order) == names
+
+
 def test_network_order_places_windows_and_sets_by_their_first_site():
     first, second = unet_sites()[3].name, unet_sites()[7].name
     assert network_order(f"{first}..{second}") == network_order(first)
@@ -239,6 +249,21 @@ def test_summary_of_noising_names_the_site_that_is_needed():
     table = table.assign(indirect_effect=-table["indirect_effect"])
     worst = Effects(table, {}).aie().sort_values("aie").iloc[0]
     assert f"{worst['site']} takes away most: {worst['aie']:.2f}" in Effects(table, {}).summary()
+
+
+def test_noising_ranks_the_site_that_is_needed_most_first():
+    restoring = unet_effects()
+    table = restoring.table.assign(base="clean", source="corrupted")
+    noising = Effects(table.assign(indirect_effect=-table["indirect_effect"]), {})
+    expected, found = restoring.rank(), noising.rank()
+    same = ["site", "rank", "rank_low", "rank_high", "tied_with_first"]
+    pd.testing.assert_frame_equal(found[same], expected[same])
+    assert found["aie"].tolist() == (-expected["aie"]).tolist()
+    both = Effects(pd.concat([restoring.table, noising.table], ignore_index=True), {}).rank()
+    assert both.groupby("base")["site"].first().tolist() == [expected["site"][0]] * 2
+    # Patching the target in, and scoring against it: what carries it raises the score.
+    towards = Effects(noising.table.assign(source="target"), {"scored_text": "target"}).rank()
+    assert towards["site"].tolist() == towards.sort_values("aie", ascending=False)["site"].tolist()
 
 
 def test_columns_are_those_of_the_contract():

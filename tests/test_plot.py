@@ -11,6 +11,7 @@ from fasttrace import plot
 from fasttrace.effects import Effects
 from fasttrace.errors import StudyError
 from fasttrace.plot import style
+from fasttrace.plot.bars import draw_ranked
 from fasttrace.plot.text import draw_text, rows_shown
 from fasttrace.plot.unet import draw_profile, draw_sites, draw_steps
 from fasttrace.wording import counted, number, site_label, unet_place
@@ -59,6 +60,44 @@ def test_noising_is_shown_from_the_clean_end():
     fig = style.figure(10, 4)
     draw_text(fig, Effects(table, {}))
     assert panels(fig)[2].images[0].get_array()[3, 0] == pytest.approx(23.0)
+
+
+def noising(effects):
+    table = effects.table.assign(base="clean", source="corrupted")
+    return Effects(table.assign(indirect_effect=-table["indirect_effect"]), {})
+
+
+def test_noising_of_unet_sites_reaches_from_clean_to_corrupted():
+    effects = noising(unet_effects())
+    fig = style.figure(10, 6)
+    draw_sites(fig, effects)
+    (label,) = [text.get_text() for text in panels(fig)[0].texts if "total effect" in text.get_text()]
+    assert label == "corrupted: total effect 10.0"
+    dashed = [line for line in panels(fig)[0].get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == [-10.0]
+    assert fig.get_supylabel() == "average indirect effect: patched − clean score"
+
+
+def test_noising_by_steps_is_darker_nearer_to_clean():
+    effects = noising(unet_effects(steps=[(0, 10), (10, 20)]))
+    fig = style.figure(12, 5)
+    draw_steps(fig, effects)
+    image = panels(fig)[0].images[0]
+    effect = effects.where(site=unet_sites()[0].name, step_start=0).aie()["aie"].iloc[0]
+    assert effect < 0
+    assert image.get_array()[0, 0] == pytest.approx(10 + effect)
+    assert (image.norm.vmin, image.norm.vmax) == (0.0, 10.0)
+
+
+def test_bars_of_noising_begin_with_the_site_that_is_needed_most():
+    effects = noising(unet_effects())
+    fig = style.figure(11, 6)
+    draw_ranked(fig, effects)
+    (axis,) = panels(fig)
+    assert axis.get_yticklabels()[0].get_text() == effects.aie().sort_values("aie")["site"].iloc[0]
+    assert [text.get_text() for text in axis.texts] == ["corrupted"]
+    assert axis.texts[0].xy[0] == pytest.approx(-10.0)
+    assert axis.get_xlabel() == "average indirect effect: patched − clean score"
 
 
 def test_unet_sites_stand_in_network_order_with_their_effects():

@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
+from ..effects import Effects
 from ..pipeline import decode_latents
 from ..plan import Group, Plan
 from ..selection import step_span
@@ -20,17 +21,18 @@ FOLDER, INDEX = "pictures", "index.json"
 
 
 def save_pictures(
-    folder: Path, table: pd.DataFrame, plan: Plan, latents_of: Callable[[Group], Tensor | None], count: int
+    folder: Path, effects: Effects, plan: Plan, latents_of: Callable[[Group], Tensor | None], count: int
 ) -> None:
     """Write ``pictures/*.png`` and their list, ``pictures/index.json``.
 
     Each entry of the list has ``file``, ``role`` (``clean``, ``corrupted``, ``strongest`` or ``weakest``), ``rank``
     (from 1), ``prompt_id``, ``prompt``, ``seed``, ``noise_sample``; and for restored runs ``site``, ``position``,
-    ``token_role``, ``step_start``, ``step_stop``, ``metric``, ``effect`` (of this run) and ``mean_effect``.
+    ``token_role``, ``step_start``, ``step_stop``, ``metric`` and ``mean_effect``. Runs are ranked by site, role and
+    steps; where a prompt has several tokens of a role, its picture is that of the first.
 
     Args:
         folder: of the run.
-        table: the whole table; its first metric ranks.
+        effects: the whole table; its first metric ranks.
         plan: of the study.
         latents_of: clean, corrupted and the plan's distinct runs of a group, ``[2 + n, C, h, w]``; ``None`` where the
             protocol makes no pictures.
@@ -40,7 +42,7 @@ def save_pictures(
     shutil.rmtree(place, ignore_errors=True)
     study = plan.study
     metric = study.resolved_metrics[0].name
-    ranked = _ranked(table[table["metric"] == metric])
+    ranked = _ranked(effects.where(metric=metric))
     chosen = [("strongest", rank, ranked.index[rank - 1]) for rank in range(1, min(count, len(ranked)) + 1)]
     left = max(0, min(count, len(ranked) - count))
     chosen += [("weakest", rank, ranked.index[-rank]) for rank in range(1, left + 1)]
@@ -85,10 +87,10 @@ def save_pictures(
 _RUN = ["site", "token_role", "step_start", "step_stop"]
 
 
-def _ranked(table: pd.DataFrame) -> pd.Series:
+def _ranked(effects: Effects) -> pd.Series:
     """Mean effect of every kind of run, strongest first."""
-    means = table.groupby(_RUN, sort=True)["indirect_effect"].mean()
-    return means.sort_values(ascending=False, kind="stable")
+    means = effects.table.groupby(_RUN, sort=True)["indirect_effect"].mean()
+    return means.sort_values(ascending=effects.direction() < 0, kind="stable")
 
 
 def _key(run: Any, steps: int) -> tuple[Any, ...]:

@@ -75,7 +75,7 @@ def run(
         shards.clear_if_empty(and_folder=new)
         raise
     if pictures > 0:
-        save_pictures(folder, effects.table, plan, job.latents, pictures)
+        save_pictures(folder, effects, plan, job.latents, pictures)
     effects.save(folder)
     shards.clear()
     return effects

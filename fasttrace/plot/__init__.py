@@ -114,9 +114,10 @@ def _units(effects: Effects) -> str:
 
 
 def _explanation(effects: Effects) -> str:
+    bar = "taller" if effects.table["base"].iloc[0] == "corrupted" else "shorter"
     text = (
-        "Corrupted: noise on the subject's token embeddings. Clean: no noise. A darker cell, or a taller bar, is "
-        "nearer to the clean run."
+        "Corrupted: noise on the subject's token embeddings. Clean: no noise. A darker cell, or a "
+        f"{bar} bar, is nearer to the clean run."
     )
     star = " ★ marks the subject's tokens." if (effects.table["part"] != "unet").any() else ""
     seeds = effects.table.groupby("prompt_id")["seed"].nunique().max()

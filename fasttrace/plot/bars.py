@@ -15,7 +15,8 @@ def draw_ranked(fig: Any, effects: Effects) -> None:
     """One bar a site, strongest first, at most `SHOWN` of them; whiskers are 95% intervals over prompts."""
     several = effects.table["token_role"].nunique() > 1
     table = effects.rank(by=["site", "kind", "token_role"] if several else ["site", "kind"])
-    total = float(table["total_effect"].mean())
+    base = effects.table["base"].iloc[0]
+    marks = style.baselines(base, float(table["total_effect"].mean()))
     shown = table.head(SHOWN)
     axis = fig.subplots()
     y = range(len(shown))
@@ -27,9 +28,11 @@ def draw_ranked(fig: Any, effects: Effects) -> None:
     axis.set_yticks(y, [f"{site}  {role}".strip() for site, role in zip(shown["site"], roles, strict=True)])
     axis.set_ylim(len(shown) - 0.4, -0.6)
     axis.axvline(0, color=style.MUTED, linewidth=0.9)
-    axis.axvline(total, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axis.annotate("clean", (total, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
-    axis.set_xlabel("average indirect effect: restored − corrupted score", fontsize=9.5)
+    for name, value in marks.items():
+        if name != base:
+            axis.axvline(value, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            axis.annotate(name, (value, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8)
+    axis.set_xlabel(style.effect_label(base), fontsize=9.5)
     for kind in dict.fromkeys(shown["kind"]):
         axis.plot([], [], color=style.COLORS.get(kind, style.MUTED), linewidth=6, label=KIND_NAMES.get(kind, kind))
     axis.legend(fontsize=8.5, frameon=False, loc="lower right", labelcolor=style.INK)

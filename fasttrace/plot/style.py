@@ -44,6 +44,16 @@ def heading(fig: Any, title: str, explanation: str) -> None:
     fig.supxlabel(explanation, x=0.01, ha="left", fontsize=9, color=MUTED)
 
 
+def baselines(base: str, total: float) -> dict[str, float]:
+    """Where the corrupted and the clean run stand on an axis of indirect effects, whose zero is the patched run."""
+    return {"corrupted": -total, "clean": 0.0} if base == "clean" else {"corrupted": 0.0, "clean": total}
+
+
+def effect_label(base: str) -> str:
+    """What an axis of indirect effects shows."""
+    return f"average indirect effect: {'patched − clean' if base == 'clean' else 'restored − corrupted'} score"
+
+
 def plain(axis: Any, *, grid: str | None = None) -> None:
     """Light spines and ticks, and a grid behind the data along one axis."""
     for side in ("top", "right"):

@@ -17,13 +17,14 @@ from . import style
 def draw_sites(fig: Any, effects: Effects) -> None:
     """One bar a site, in network order from left to right, one panel a kind; whiskers are 95% intervals over prompts.
 
-    Dashed lines are the two baselines: no effect (the corrupted run) and the total effect (the clean run).
+    The lines are the two baselines: no effect (the run that is patched) and, dashed, the other run.
     """
     effects = effects.where(part="unet")
     table = effects.aie(by=["site", "kind"])
     place = {name: index for index, name in enumerate(sorted(table["site"].unique(), key=network_order))}
     table["x"] = table["site"].map(place)
-    total = _total(effects)
+    base, total = effects.table["base"].iloc[0], _total(effects)
+    name, other = next((name, at) for name, at in style.baselines(base, total).items() if name != base)
     kinds = [kind for kind in KIND_NAMES if kind in set(table["kind"])]
     axes = fig.subplots(len(kinds), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     for kind, axis in zip(kinds, axes, strict=True):
@@ -32,7 +33,7 @@ def draw_sites(fig: Any, effects: Effects) -> None:
         axis.bar(part["x"], part["aie"], width=0.82, color=style.COLORS[kind], zorder=3)
         _whiskers(axis, part["x"], part)
         axis.axhline(0, color=style.MUTED, linewidth=0.9, zorder=2)
-        axis.axhline(total, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        axis.axhline(other, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
         top = part.iloc[int(part["aie"].abs().argmax())]
         axis.annotate(
             unet_place(top["site"]), (top["x"], np.nanmax([top["aie"], top["high"], 0])), xytext=(0, 4),
@@ -42,28 +43,28 @@ def draw_sites(fig: Any, effects: Effects) -> None:
         axis.set_ylabel(KIND_NAMES.get(kind, kind), fontsize=9.5, color=style.COLORS[kind], fontweight="bold")
         style.plain(axis, grid="y")
         axis.yaxis.label.set_color(style.COLORS[kind])
-    low, high = _limits(table, total)
+    low, high = _limits(table, other)
     axes[0].set_ylim(low, high)
     axes[0].set_xlim(-0.6, len(place) - 0.4)
     axes[0].annotate(
-        f"clean: total effect {number(total)}", (0.997, total), xycoords=("axes fraction", "data"), ha="right",
+        f"{name}: total effect {number(total)}", (0.997, other), xycoords=("axes fraction", "data"), ha="right",
         va="bottom", fontsize=8, color=style.MUTED, zorder=6,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
     )  # fmt: skip
-    fig.supylabel("average indirect effect: restored − corrupted score", fontsize=9.5, color=style.INK)
+    fig.supylabel(style.effect_label(base), fontsize=9.5, color=style.INK)
     axes[-1].set_xticks([])
     axes[-1].set_xlabel("sites in the order in which the UNet runs them →", fontsize=9.5)
 
 
 def draw_steps(fig: Any, effects: Effects) -> None:
-    """Site (down, in network order) by steps (across); one panel a kind, on one scale up to the total effect."""
+    """Site (down, in network order) by steps (across); one panel a kind, on one scale from corrupted to clean."""
     effects = effects.where(part="unet")
     table = effects.to_pandas()
     cells = Groups(table, ["site", "kind", "step_start", "step_stop"]).frame
     windows = sorted({(int(a), int(b)) for a, b in zip(cells["step_start"], cells["step_stop"], strict=True)})
     names = [str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in windows]
     total = _total(effects)
-    limit = max(abs(total), 1e-12)
+    limit, corrupted = max(abs(total), 1e-12), style.baselines(table["base"].iloc[0], total)["corrupted"]
     kinds = [kind for kind in KIND_NAMES if kind in set(cells["kind"])]
     axes = fig.subplots(1, len(kinds), squeeze=False)[0]
     for kind, axis in zip(kinds, axes, strict=True):
@@ -72,13 +73,13 @@ def draw_steps(fig: Any, effects: Effects) -> None:
         grid = np.full((len(sites), len(windows)), np.nan)
         for _, cell in part.iterrows():
             column = windows.index((int(cell["step_start"]), int(cell["step_stop"])))
-            grid[sites.index(cell["site"]), column] = cell["aie"] * np.sign(total)
+            grid[sites.index(cell["site"]), column] = (cell["aie"] - corrupted) * np.sign(total)
         image = axis.imshow(grid, cmap=style.MAPS[kind], vmin=0, vmax=limit, aspect="auto")
         axis.set_title(KIND_NAMES.get(kind, kind), fontsize=10.5, color=style.COLORS[kind], fontweight="bold")
         axis.set_yticks(range(len(sites)), [unet_place(site) for site in sites])
         every = max(1, -(-len(windows) // 10))
         axis.set_xticks(range(0, len(windows), every), names[::every], rotation=0 if len(names[-1]) < 4 else 45)
-        axis.set_xlabel("restored denoising steps", fontsize=9.5)
+        axis.set_xlabel("patched denoising steps", fontsize=9.5)
         style.plain(axis)
         axis.tick_params(axis="y", labelsize=7)
         style.scale(fig, image, axis, ["corrupted\n0", f"clean\n{number(total)}"])
@@ -143,8 +144,8 @@ def _whiskers(axis: Any, x: pd.Series, part: pd.DataFrame) -> None:
         axis.vlines(x, part["low"], part["high"], color=style.INK, linewidth=0.8, alpha=0.7, zorder=4)
 
 
-def _limits(table: pd.DataFrame, total: float) -> tuple[float, float]:
-    values = np.concatenate([table["aie"], table["low"].dropna(), table["high"].dropna(), [0.0, total]])
+def _limits(table: pd.DataFrame, other: float) -> tuple[float, float]:
+    values = np.concatenate([table["aie"], table["low"].dropna(), table["high"].dropna(), [0.0, other]])
     low, high = float(values.min()), float(values.max())
     margin = 0.12 * max(high - low, 1e-12)
     return low - margin / 2, high + margin
