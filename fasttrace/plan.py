@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .errors import StudyError
 from .patch import Patch
 from .prompts import Prompt, TokenizedPrompt
-from .selection import SiteSet, Steps
+from .selection import SiteSet, Steps, index_label
 from .study import INJECT
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Run:
         site_set: what is patched.
         position: the one position that is patched, or ``None`` for several or all.
         token: its token, or tokens, as text; empty for UNet sites.
-        token_role: the role asked for, or the role of the position; ``"all"`` without positions.
+        token_role: the role asked for, or the role of the position; ``"tokens 1,3-5"`` for several indices,
+            ``"pixels"`` for those of a feature map, ``"all"`` without positions.
         steps: denoising steps, for UNet sites.
         text: text patches that change anything; equal ones give equal text states.
         unet: positions of the UNet patches: ``None`` for the whole map.
@@ -265,4 +266,4 @@ def _label(
     if len(positions) == 1:
         role = where if isinstance(where, str) else tokens.role_of(positions[0])
         return positions[0], text, role
-    return None, text, where if isinstance(where, str) else "several"
+    return None, text, where if isinstance(where, str) else f"tokens {index_label(positions)}"

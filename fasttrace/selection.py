@@ -55,7 +55,8 @@ def site_sets(pipe: Any, given: Any, window: int) -> tuple[SiteSet, ...]:
 
     Args:
         pipe: the pipeline.
-        given: a pattern, a `Site`, or a sequence of those and of tuples of those (a tuple is patched together).
+        given: a pattern, a `Site`, or a sequence of those and of tuples of those (a tuple is patched together). What is
+            given twice counts once.
         window: adjacent layers of one part and kind patched together; 1 for none.
 
     Raises:
@@ -67,12 +68,12 @@ def site_sets(pipe: Any, given: Any, window: int) -> tuple[SiteSet, ...]:
     if not elements:
         raise StudyError('sites is empty: expected "unet", "text", names or globs')
     singles: dict[str, Site] = {}
-    sets: list[SiteSet] = []
+    sets: dict[str, SiteSet] = {}
     for element in elements:
         if isinstance(element, tuple):
             members = {site.name: site for pattern in element for site in _sites(pipe, everything, pattern)}
             label = " + ".join(pattern.name if isinstance(pattern, Site) else str(pattern) for pattern in element)
-            sets.append(SiteSet(label, _in_order(everything, members)))
+            sets[label] = SiteSet(label, _in_order(everything, members))
         else:
             singles |= {site.name: site for site in _sites(pipe, everything, element)}
     if window > 1 and sets:
@@ -82,7 +83,7 @@ def site_sets(pipe: Any, given: Any, window: int) -> tuple[SiteSet, ...]:
     ordered = _in_order(everything, singles)
     if window > 1:
         return _windows(ordered, window)
-    return (*(SiteSet(site.name, (site,)) for site in ordered), *sets)
+    return tuple(({site.name: SiteSet(site.name, (site,)) for site in ordered} | sets).values())
 
 
 def _sites(pipe: Any, everything: list[Site], pattern: Any) -> list[Site]:
@@ -160,7 +161,7 @@ def parse_positions(given: Any) -> Positions:
         return Positions(given, None, each=given)
     elements = [given] if isinstance(given, str) else listed("positions", given)
     if all(_is_index(element) for element in elements):
-        return Positions(given, (tuple(int(element) for element in elements),))
+        return Positions(given, (_set(elements),))
     sets: list[str | tuple[int, ...]] = []
     for element in elements:
         if isinstance(element, str):
@@ -172,10 +173,26 @@ def parse_positions(given: Any) -> Positions:
         elif _is_index(element):
             sets.append((int(element),))
         elif isinstance(element, Sequence) and all(_is_index(index) for index in element):
-            sets.append(tuple(int(index) for index in element))
+            sets.append(_set(element))
         else:
             raise StudyError(f"positions has {element!r}: expected a role or indices")
     return Positions(given, tuple(dict.fromkeys(sets)))
+
+
+def _set(indices: Iterable[Any]) -> tuple[int, ...]:
+    """Ascending, each once: sets that patch the same positions are one."""
+    return tuple(sorted({int(index) for index in indices}))
+
+
+def index_label(indices: Sequence[int]) -> str:
+    """Ascending indices in few characters, different for every set: ``1,3`` or ``3-76``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def parse_steps(given: Any, count: int) -> tuple[Steps, ...]:

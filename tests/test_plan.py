@@ -53,11 +53,24 @@ def test_roles_are_resolved_for_each_prompt(tiny_sd15: Any) -> None:
     assert resolved("cats")["eos"] == (8,) == (cats.eos,)
     assert resolved("cats")["pad"] == tuple(range(9, 77))
     assert resolved("cats")["all"] is None
-    assert resolved("cats")["several"] == (1, 3)
+    assert resolved("cats")["tokens 1,3"] == (1, 3)
     by_role = {run.token_role: run for run in runs_of(made, "cats")}
     assert (by_role["subject"].position, by_role["subject"].token) == (None, "small cat small cat")
     assert (by_role["eos"].position, by_role["eos"].token) == (8, "<|endoftext|>")
     assert len(by_role["pad"].token) < 60
+
+
+def test_sets_of_tokens_are_told_apart_and_equal_ones_are_one(tiny_sd15: Any) -> None:
+    sets = [[3, 4], [5, 6, 7, 9], [4, 3, 3], [8], "eos"]
+    runs = runs_of(plan(tiny_sd15, APPLE, sites="text_encoder.encoder.layers.0.mlp", positions=sets), "apple")
+    assert [run.token_role for run in runs] == ["tokens 3-4", "tokens 5-7,9", "pad", "eos"]
+    assert [run.text[0][1] for run in runs] == [(3, 4), (5, 6, 7, 9), (8,), (7,)]
+
+
+def test_sites_that_are_given_twice_are_patched_once(tiny_sd15: Any) -> None:
+    site, both = "unet.mid_block.resnets.0", ("unet.mid_block.resnets.0", "unet.mid_block.resnets.1")
+    runs = runs_of(plan(tiny_sd15, APPLE, sites=[both, site, (site,), both]), "apple")
+    assert [run.site_set.label for run in runs] == [site, " + ".join(both)]
 
 
 def test_each_token_in_turn_is_labelled_with_its_role(tiny_sd15: Any) -> None:
