@@ -60,9 +60,9 @@ def whole_number(name: str, value: Any) -> None:
         raise StudyError(f"{name}={value!r}: expected a whole number >= 1")
 
 
-def number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise StudyError(f"{name}={value!r}: expected a number")
+def number(name: str, value: Any, least: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise StudyError(f"{name}={value!r}: expected a number{f' >= {least:g}' if math.isfinite(least) else ''}")
 
 
 def text(name: str, value: Any) -> None:

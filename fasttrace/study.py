@@ -126,6 +126,8 @@ class Study:
         for name in ("guidance_scale", "eta"):
             number(name, getattr(self, name))
         text("negative_prompt", self.negative_prompt)
+        if not isinstance(self.sources, Mapping):
+            raise StudyError(f"sources={self.sources!r}: expected a mapping of names to texts")
         for name, value in self.sources.items():
             text(f"sources[{name!r}]", value)
         self._set("source", self._checked_source())
@@ -311,11 +313,12 @@ class Study:
 
     def _resolved_sigma(self) -> dict[str, float]:
         if self.sigma is not None:
-            if set(self.sigma) != set(self.text_parts):
+            if not isinstance(self.sigma, Mapping) or set(self.sigma) != set(self.text_parts):
                 raise StudyError(
-                    f"sigma has {', '.join(self.sigma) or 'nothing'}: expected one number for each of "
-                    f"{', '.join(self.text_parts)}"
+                    f"sigma={self.sigma!r}: expected a mapping with one number for each of {', '.join(self.text_parts)}"
                 )
+            for part, value in self.sigma.items():
+                number(f"sigma[{part!r}]", value, least=0)
             return {part: float(self.sigma[part]) for part in self.text_parts}
         resolved = {}
         for part in self.text_parts:

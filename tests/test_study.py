@@ -70,7 +70,10 @@ def study(pipe: Any, **settings: Any) -> ft.Study:
         ({"positions": [3], "sites": "all"}, "tokens at text sites and pixels in the UNet"),
         ({"scheduler": "ddpm++"}, "scheduler='ddpm\\+\\+': expected one of ddim, pndm"),
         ({"scheduler": 3}, "scheduler=3"),
-        ({"sigma": {"unet": 1.0}}, "sigma has unet: expected one number for each of text_encoder"),
+        ({"sigma": {"unet": 1.0}}, "sigma={'unet': 1.0}: expected a mapping with one number for each of text_encoder"),
+        ({"sigma": 1.0}, "sigma=1.0: expected a mapping with one number for each of text_encoder"),
+        ({"sigma": {"text_encoder": -1.0}}, r"sigma\['text_encoder'\]=-1.0: expected a number >= 0"),
+        ({"sources": ["a dog"]}, r"sources=\['a dog'\]: expected a mapping of names to texts"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(tiny_sd15: Any, settings: dict[str, Any], message: str) -> None:
