@@ -121,7 +121,7 @@ def find_sites(pipe: Any, names: Iterable[str]) -> dict[str, Site]:
         known |= {head.name: head for heads in texts for head in heads}
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SiteError(_unknown(unknown[0], list(known)))
+        raise SiteError(unknown_site(unknown[0], list(known)))
     return {name: known[name] for name in wanted}
 
 
@@ -139,7 +139,7 @@ def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[S
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = {site.name for site in sites if _matches(site, pattern)}
         if not found:
-            raise SiteError(_unknown(pattern, [site.name for site in sites]))
+            raise SiteError(unknown_site(pattern, [site.name for site in sites]))
         wanted |= found
     return [site for site in sites if site.name in wanted]
 
@@ -150,7 +150,8 @@ def _matches(site: Site, pattern: str) -> bool:
     return fnmatch.fnmatchcase(site.name, pattern)
 
 
-def _unknown(name: str, names: Sequence[str]) -> str:
+def unknown_site(name: str, names: Sequence[str]) -> str:
+    """What an error says of a name or pattern that matches none of ``names``, with the nearest of them."""
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
     return f"no site matches {name!r} among {len(names)} sites{hint}"

@@ -173,6 +173,12 @@ def run_text_request(request: TextRequest, engine: str = "fast") -> TextTrace:
     """Run a checked request; see `trace_text`."""
     with torch.no_grad():
         clean, corrupted, restored = _engine(engine)(request)
+    for name, states in (("clean", clean), ("corrupted", corrupted)):
+        if not bool(torch.isfinite(states).all()):
+            raise NumericsError(
+                f"the {name} text run is not finite in {states.dtype}: use float32 or bfloat16 for the text encoder, "
+                "or check its weights and the noise"
+            )
     runs = torch.arange(len(request.runs)).repeat(len(request.noise))
     _check_finite(restored.flatten(0, 1), runs)
     return TextTrace(clean, corrupted, restored) if request.sampled else TextTrace(clean, corrupted[0], restored[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, PatchError, SiteError
 from ..patch import Add, Patch, PatchSet, as_runs
-from ..sites import TEXT_PARTS, Site, canonical_path, head_sites, part_sites
+from ..sites import TEXT_PARTS, Site, canonical_path, head_sites, part_sites, unknown_site
 from .decoder import SUPPORTED, is_plainly_causal, is_supported, word_embedding
 from .values import given_value
 
@@ -169,10 +169,8 @@ def _check_patch(
 ) -> None:
     if encoder_path(patch.site) not in sites:
         layers = sum(site.kind == "hidden" for site in sites.values())
-        raise SiteError(
-            f"{type(encoder).__name__} has no site {patch.site!r}: it has {layers} layers, with sites "
-            f"{', '.join(list(sites)[:3])}, ..."
-        )
+        unknown = unknown_site(patch.site, [site.name for site in sites.values()])
+        raise SiteError(f"{type(encoder).__name__} has {layers} layers; {unknown}")
     if patch.branch != "cond":
         raise PatchError(f"{patch.site}: branch={patch.branch!r}, but a text encoder has no guidance branches")
     patch.within(length, None, {"clean", "corrupted", *named})

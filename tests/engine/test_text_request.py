@@ -34,7 +34,11 @@ def engine(request: pytest.FixtureRequest) -> str:
         (PatchError, r"shape \[5\], expected \[16\]", {"patches": [ft.Patch(SITE, [1], source=torch.zeros(5))]}),
         (PatchError, r"shape \[5\]", {"patches": [ft.Patch(SITE, [1], source=ft.Add(torch.zeros(5)))]}),
         (PatchError, "expected a Patch", {"patches": ["mlp"]}),
-        (SiteError, "no site .* 3 layers", {"patches": [ft.Patch("text_encoder.encoder.layers.3.mlp", [1])]}),
+        (
+            SiteError,
+            "3 layers; no site .* nearest: text_encoder.encoder.layers.2.mlp",
+            {"patches": [ft.Patch("text_encoder.encoder.layers.3.mlp", [1])]},
+        ),
         (SiteError, "no site", {"patches": [ft.Patch("unet.mid_block.resnets.0", [1])]}),
         (PatchError, r"noise has shape \[9, 15\]: expected \[9, 16\]", {"noise": torch.zeros(LENGTH, 15)}),
         (PatchError, "noise has shape", {"noise": torch.zeros(LENGTH - 1, 16)}),
@@ -117,3 +121,11 @@ def test_runs_that_are_not_finite_are_named(engine: str) -> None:
     patches = [ft.Patch(SITE, [1]), ft.Patch(SITE, [2], source=bad), ft.Patch(SITE, [3])]
     with pytest.raises(NumericsError, match=r"1 text runs are not finite \(first: run 1\)"):
         ft.trace_text(text_model("clip", torch.float32), IDS, patches, NOISE, engine=engine)
+
+
+@pytest.mark.parametrize("patches", [[], [ft.Patch(SITE, [])]])
+def test_a_corrupted_run_that_is_not_finite_is_named(patches: list[ft.Patch], engine: str) -> None:
+    noise = NOISE.clone()
+    noise[3] = float("inf")
+    with pytest.raises(NumericsError, match="the corrupted text run is not finite"):
+        ft.trace_text(text_model("clip", torch.float32), IDS, patches, noise, base="clean", engine=engine)
