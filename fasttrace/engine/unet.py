@@ -94,8 +94,9 @@ def trace_unet(
         eta: of DDIM.
         engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time.
         max_batch: most rows of one UNet call.
-        compile: run lockstep calls as one graph of ``torch.compile`` for each batch bucket; the first call compiles. A
-            string is torch's mode: those that add CUDA graphs have not been measured here.
+        compile: run lockstep calls as one graph of ``torch.compile`` for each batch bucket and resolution, whatever the
+            patches; the first call compiles. ``"reduce-overhead"`` and ``"max-autotune"`` make it a CUDA graph too (not
+            measured; on a CPU torch leaves that out), ``"max-autotune-no-cudagraphs"`` only searches for kernels.
         dtype: what the fast engine's UNet computes in (``torch.bfloat16``, say), from weights cast for it; the
             pipeline's own dtype if not given. Latents and the scheduler keep the pipeline's.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ops.restore import KEEP, restore
 from .unet_forward import CallInputs, Model, Texts, flat_forward
+from .unet_packed import forget, with_packed_products
 from .unet_patch import given_table
 from .unet_plan import BUCKET, CallPlan, Round
 from .unet_stream import Joins
@@ -45,6 +46,7 @@ class CompiledUNet:
 
     def __init__(self, model: Model, shapes: dict[str, tuple[int, ...]], mode: str | None) -> None:
         self._model, self._shapes = model, shapes
+        forget(model.unet)
         kept = _graphs.setdefault(model.unet, {})
         if mode not in kept:
             kept[mode] = torch.compile(_graph(model.unet), dynamic=False, mode=mode)
@@ -115,6 +117,7 @@ def _dense_map(keep: Tensor, one: Round, rows: int, padded: int) -> Tensor:
 
 
 def _graph(unet: Any) -> Graph:
+    unet = with_packed_products(unet)
     units = flat_units(unet)
 
     def graph(

@@ -17,6 +17,9 @@ from .trajectory import new_scheduler
 
 PROTOCOLS = ("free", "teacher_forced")
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Of ``torch.compile``. The second and third capture CUDA graphs on a GPU, and do not on a CPU."""
+
 Added = Mapping[str, Tensor] | tuple[Tensor, Tensor]
 """SDXL's added conditions: ``{"text_embeds": [P], "time_ids": [6]}``, or the two tensors in that order."""
 
@@ -40,7 +43,7 @@ class UNetRequest:
         protocol: ``"free"`` or ``"teacher_forced"``.
         eta: of DDIM.
         max_batch: most rows of one UNet call, or ``None`` for the engine's own choice.
-        compile: run the UNet as one compiled graph where the plan is in lockstep.
+        compile: run the UNet as one compiled graph where the plan is in lockstep; one of `COMPILE_MODES` names how.
         dtype: what the UNet computes in, where not in its own dtype; latents keep theirs.
     """
 
@@ -98,6 +101,8 @@ def unet_request(
     check_traceable(pipe)
     if protocol not in PROTOCOLS:
         raise PatchError(f"protocol={protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    if compile not in (True, False, *COMPILE_MODES):
+        raise PatchError(f"compile={compile!r}: expected True, False or one of {', '.join(COMPILE_MODES)}")
     if num_inference_steps < 1:
         raise PatchError(f"num_inference_steps={num_inference_steps}: expected at least 1")
     unet = pipe.unet
