@@ -189,6 +189,11 @@ def test_the_mean_of_one_run_is_that_run(exact: Any) -> None:
         table(study(exact, source="mean", **settings)).drop(columns="source"),
         table(study(exact, source="clean", **settings)).drop(columns="source"),
     )
+    head = "text_encoder.encoder.layers.1.self_attn.heads.1"
+    assert_same(
+        table(study(exact, source="mean", **{**settings, "sites": head})).drop(columns="source"),
+        table(study(exact, source="clean", **{**settings, "sites": head})).drop(columns="source"),
+    )
     site = ft.find_site(exact, "unet.mid_block.attentions.0.transformer_blocks.0.attn1")
     values: list[Tensor] = []
     handle = site.module.register_forward_hook(lambda module, args, output: values.append(output[-1].mean(0)))

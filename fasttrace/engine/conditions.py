@@ -12,6 +12,7 @@ from torch import Tensor
 from ..patch import ZERO, Patch, Source
 from ..pipeline import Condition, default_time_ids, needs_added
 from ..plan import PromptPlan, TextPatches, patch_source
+from ..prompts import TokenizedPrompt
 from .text import trace_text
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _trace_part(study: Study, plan: PromptPlan, part: str, means: Mapping[str, T
             base=study.base,
             sources=sources,
             output=output,
-            attention_mask=_mask(encoder, len(tokens.ids), tokens.eos),
+            attention_mask=attention_mask(encoder, tokens),
             engine=engine,
         )
         clean = trace.clean.expand_as(trace.corrupted)
@@ -117,8 +118,8 @@ def _ids(study: Study, part: str, text: str) -> list[int]:
     return [int(token) for token in encoded["input_ids"]]
 
 
-def _mask(encoder: Any, length: int, eos: int) -> list[int] | None:
-    """The attention mask, for the few encoders whose pipelines pass one."""
+def attention_mask(encoder: Any, tokens: TokenizedPrompt) -> list[int] | None:
+    """The attention mask ``[T]``, for the few encoders whose pipelines pass one."""
     if not getattr(encoder.config, "use_attention_mask", False):
         return None
-    return [int(position <= eos) for position in range(length)]
+    return [int(position <= tokens.eos) for position in range(len(tokens.ids))]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..pipeline import Condition, encode_prompt
 from ..sites import Site
+from .conditions import attention_mask
 from .oracle import hooks, timestep_condition
 from .trajectory import Trajectories
 from .unet_request import UNetRequest
-from .values import first, to_positions
+from .values import first, to_positions, value_hooks
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -22,19 +23,23 @@ if TYPE_CHECKING:
 def text_means(study: Study, sites: list[Site]) -> dict[str, Tensor]:
     """Mean over prompts of each text site's clean value at each position, ``[T, D]`` by site name."""
     sums: dict[str, Tensor] = {}
-    pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
+    pairs: list[tuple[Site, Callable[[Tensor], None]]] = []
     for site in sites:
 
-        def add(module: nn.Module, args: Any, output: Any, name: str = site.name) -> None:
-            value = first(output)[0].double()
-            sums[name] = sums[name] + value if name in sums else value
+        def add(value: Tensor, name: str = site.name) -> None:
+            sums[name] = sums.get(name, 0) + value[0].double()
 
-        pairs.append((site.module, add))
-    with torch.no_grad(), hooks(pairs):
+        pairs.append((site, add))
+    with torch.no_grad(), value_hooks(pairs):
         for part in dict.fromkeys(site.part for site in sites):
             encoder = getattr(study.pipe, part)
             for prompt in sorted(study.prompts, key=lambda prompt: prompt.id):
-                encoder(input_ids=torch.tensor([study.tokens[part][prompt.id].ids], device=encoder.device))
+                tokens = study.tokens[part][prompt.id]
+                mask = attention_mask(encoder, tokens)
+                encoder(
+                    input_ids=torch.tensor([tokens.ids], device=encoder.device),
+                    attention_mask=None if mask is None else torch.tensor([mask], device=encoder.device),
+                )
     return {name: (total / len(study.prompts)).to(study.pipe.unet.dtype) for name, total in sums.items()}
 
 
