@@ -74,7 +74,7 @@ def read_request(
     ],
     prompt: Annotated[list[str] | None, _option("A caption; needs --subject" + _MANY, "Prompts")] = None,
     subject: Annotated[list[str] | None, _option("The words of it to noise, one for each --prompt.", "Prompts")] = None,
-    attribute: Annotated[str, _option("What the subject expresses: a label (object).", "Prompts")] = "object",
+    attribute: Annotated[str | None, _option("What the subject expresses: a label (object).", "Prompts")] = None,
     target: Annotated[str | None, _option("Another caption, for --source target.", "Prompts")] = None,
     prompts: Annotated[
         str | None, _option("A JSONL file of prompts, or a packaged set such as objects or emoji.", "Prompts")
@@ -172,9 +172,9 @@ def numbers(text: str, option: str) -> list[int]:
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise StudyError(f"{option} {text!r}: expected whole numbers such as 0,1 or 0-3")
-        found += range(int(first), int(last) + 1) if dash else [int(first)]
-    if not found:
-        raise StudyError(f"{option} {text!r}: the range is empty; write the smaller number first")
+        if dash and int(last) < int(first):
+            raise StudyError(f"{option} {text!r}: the range {piece.strip()} is empty; write the smaller number first")
+        found += range(int(first), int(last or first) + 1)
     return found
 
 
@@ -213,11 +213,13 @@ def _corruption(noise: str | None, samples: int | None) -> Any:
 
 
 def _prompts(
-    texts: list[str] | None, subjects: list[str] | None, attribute: str, target: str | None, file: str | None
+    texts: list[str] | None, subjects: list[str] | None, attribute: str | None, target: str | None, file: str | None
 ) -> Any:
     if file is not None:
-        if texts or subjects:
-            raise StudyError("--prompts and --prompt exclude each other: put every prompt into the file, or none")
+        if texts or subjects or target or attribute:
+            raise StudyError(
+                "--prompts excludes --prompt, --subject, --attribute and --target: put all of it into the file, or none"
+            )
         from .promptsets import load_prompts
 
         return load_prompts(file)
@@ -228,5 +230,6 @@ def _prompts(
     from .prompts import Prompt
 
     return [
-        Prompt(text, subject, attribute=attribute, target=target) for text, subject in zip(texts, subjects, strict=True)
+        Prompt(text, subject, attribute=attribute or "object", target=target)
+        for text, subject in zip(texts, subjects, strict=True)
     ]

@@ -70,7 +70,9 @@ def test_sweep_leaves_a_table_a_record_and_a_report(tmp_path):
         ([MODEL, *PROMPT, "--prompt", "a cat"], "2 --prompt but 1 --subject"),
         ([MODEL, "--prompt", "a red apple", "--subject", "pear"], "'pear' does not stand in"),
         ([MODEL, "--prompts", "missing.jsonl"], "no prompt file"),
-        ([MODEL, *PROMPT, "--prompts", "objects"], "exclude each other"),
+        ([MODEL, *PROMPT, "--prompts", "objects"], "--prompts excludes"),
+        ([MODEL, "--prompts", "objects", "--target", "a pear"], "--prompts excludes"),
+        ([MODEL, "--prompts", "objects", "--attribute", "color"], "--prompts excludes"),
         ([MODEL, *PROMPT, "--sites", "unet.sideways*"], "no site matches"),
         ([MODEL, *PROMPT, "--metric", "latent_l3"], "unknown metric"),
         ([MODEL, *PROMPT, "--metric", "noise_l2"], "it can serve"),
@@ -101,7 +103,7 @@ def test_report_of_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_numbers_and_options_are_read():
     assert numbers("0,2-4", "--seeds") == [0, 2, 3, 4]
-    for text in ("3-1", "a", "1-", "-1", ""):
+    for text in ("3-1", "0,3-1", "a", "1-", "-1", ""):
         with pytest.raises(StudyError, match="--seeds"):
             numbers(text, "--seeds")
     settings = read_request(

@@ -130,7 +130,7 @@ def edit_command(
             seeds=numbers(seeds, "--seeds"),
             scorer=scorer,
             num_inference_steps=steps,
-            guidance_scale=guidance or (3.0 if packaged else 7.5),
+            guidance_scale=(3.0 if packaged else 7.5) if guidance is None else guidance,
         )
         name = "".join(letter if letter.isalnum() else "_" for letter in old)
         judgement.table.to_csv(out / f"{name}.csv", index=False)

@@ -173,6 +173,26 @@ def test_command_saves_an_edit_that_loads(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(("option", "expected"), [(["--guidance", "0"], 0.0), ([], 7.5)])
+def test_command_hands_on_the_guidance(
+    option: list[str], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttrace.cli import app
+
+    asked: list[float] = []
+
+    def stop(*_: Any, guidance_scale: float, **__: Any) -> None:
+        asked.append(guidance_scale)
+        raise EditError("seen")
+
+    monkeypatch.setattr("fasttrace.edit.judge.judge", stop)
+    monkeypatch.setattr("fasttrace.edit.cli._court", lambda *_: ([], None, None))
+    arguments = ["edit", "van gogh=painting", "--model", "random:tiny-sd15", "--judge", "any", *option]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "edit")])
+    assert "seen" in result.output
+    assert asked == [expected]
+
+
 @pytest.mark.parametrize("words", ["van gogh", "=painting", "van gogh="])
 def test_command_refuses_words_that_are_no_concept(words: str, tmp_path: Path) -> None:
     from fasttrace.cli import app
