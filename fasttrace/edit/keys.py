@@ -178,7 +178,13 @@ def key_gram(pipe: Any, prompts: Sequence[str], matrix: str) -> Tensor:
         pipe: the pipeline.
         prompts: sentences whose keys should keep their values.
         matrix: a site or projection whose inputs are meant; all cross-attention shares one.
+
+    Raises:
+        EditError: prompts that are one text, not a list of them.
+        SiteError: a name that matches no site.
     """
+    if isinstance(prompts, str):
+        raise EditError(f"prompts={prompts!r}: expected a list of prompts")
     chosen = select_matrices(pipe, matrix)[0]
     width = chosen.weight.shape[1]
     total = torch.zeros(width, width, dtype=torch.float64)

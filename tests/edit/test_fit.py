@@ -16,6 +16,7 @@ from fasttrace.edit.keys import text_states
 from fasttrace.edit.rece import adversarial_states, weight_gram
 from fasttrace.edit.ridge import reference
 from fasttrace.engine.values import first
+from fasttrace.errors import EditError
 from fasttrace.zoo.offline_tokenizer import offline_tokenizer
 from tests.pipelines import tiny_pipeline
 
@@ -290,3 +291,8 @@ def test_auto_site_takes_the_strongest(tiny_sd15: Any) -> None:
         ft.fit_edit(tiny_sd15, CONCEPT, site="auto", effects=doubled)
     with pytest.raises(ft.FasttraceError, match="needs effects"):
         ft.fit_edit(tiny_sd15, CONCEPT, site="auto")
+
+
+def test_one_text_is_not_taken_for_a_list_of_prompts(tiny_sd15: Any) -> None:
+    with pytest.raises(EditError, match="prompts='a cat': expected a list"):
+        key_gram(tiny_sd15, "a cat", FIRST)
