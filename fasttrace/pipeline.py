@@ -152,7 +152,7 @@ def decode_latents(pipe: Any, latents: Tensor, batch: int = 16) -> Tensor:
     """Pictures of final latents.
 
     Args:
-        latents: ``[N, C, h, w]``.
+        latents: ``[N, C, h, w]``, at least one.
         batch: latents decoded at once.
 
     Returns:
@@ -166,8 +166,6 @@ def decode_latents(pipe: Any, latents: Tensor, batch: int = 16) -> Tensor:
             pipe.vae.decode((part.to(dtype) / config.scaling_factor + shift).to(pipe.vae.device), return_dict=False)[0]
             for part in torch.split(latents, batch)
         ]
-    if not pictures:
-        return torch.empty(0, 3, 0, 0)
     return (torch.cat(pictures).float().cpu() / 2 + 0.5).clamp(0, 1)
 
 

@@ -121,7 +121,7 @@ Values = dict[tuple[int, str], Tensor]
 
 def trace_unet_oracle(request: UNetRequest) -> tuple[Tensor, Tensor, Tensor]:
     """Clean, corrupted and restored, as `fasttrace.engine.unet.UNetTrace` describes them."""
-    forced = _corrupted_inputs(request) if request.protocol == "teacher_forced" else None
+    forced = corrupted_inputs(request) if request.protocol == "teacher_forced" else None
     values: dict[str, Values] = {}
     outputs: dict[str, Tensor] = {}
     used = {patch.source for run in request.runs for patch in run if isinstance(patch.source, str)}
@@ -136,7 +136,7 @@ def trace_unet_oracle(request: UNetRequest) -> tuple[Tensor, Tensor, Tensor]:
     return clean, corrupted, torch.stack(restored) if restored else clean.new_empty(0, *clean.shape)
 
 
-def _corrupted_inputs(request: UNetRequest) -> list[Tensor]:
+def corrupted_inputs(request: UNetRequest) -> list[Tensor]:
     """The corrupted run's latents as the UNet reads them, at every step: ``[1, C, h, w]`` each."""
     inputs: list[Tensor] = []
     _denoise(request, request.conditions["corrupted"], (), {}, None, inputs)

@@ -18,7 +18,7 @@ from ..plan import Group
 from ..selection import step_span
 from ..table import COLUMNS
 from .job import Traced
-from .oracle import _corrupted_inputs
+from .oracle import corrupted_inputs
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -95,7 +95,7 @@ def _inputs(study: Study, traced: Traced) -> Tensor | None:
     if traced.request is None or not any(metric.name.startswith("x0") for metric in study.resolved_metrics):
         return None
     with torch.no_grad():
-        return torch.cat(_corrupted_inputs(traced.request))
+        return torch.cat(corrupted_inputs(traced.request))
 
 
 def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
