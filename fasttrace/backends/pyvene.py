@@ -125,7 +125,7 @@ class _Cell:
         locations = self._own._broadcast_unit_locations(batch, unit_locations)
         at_source, at_base = locations["sources->base"]
         given = self._own._broadcast_source_representations(representations)
-        listed = [None] * len(self._own._intervention_group) if sources is None else list(_as_list(sources))
+        listed = [None] * len(self._own._intervention_group) if sources is None else _as_list(sources)
         listed = self._own._broadcast_sources(listed)
         order = {key: index for index, key in enumerate(self._own.sorted_keys)}
         runs: list[list[Patch]] = [[] for _ in range(batch)]
@@ -133,8 +133,9 @@ class _Cell:
             number = order[planned.key]
             if at_base is None or at_base[number] is None:
                 raise BackendError(f"{planned.key} has no positions in the base: give unit_locations, or {OTHERWISE}")
+            constant = planned.constant()
             for row in range(batch):
-                value = planned.constant()
+                value = constant
                 if value is None and given is not None:
                     if planned.key not in given:
                         continue
@@ -241,16 +242,18 @@ def _outputs(
 
 
 def _as_list(sources: Any) -> list[Any]:
-    return sources if isinstance(sources, list) else [sources]
+    return list(sources) if isinstance(sources, list | tuple) else [sources]
 
 
 def _recorded(backend: PyveneBackend, source: Any, place: Place, row: int, cache: _Recorded) -> Tensor:
     """Values ``[sites, positions, d]`` in one row of a source's run; one forward records every site.
 
     Raises:
-        BackendError: a position that the source does not have.
+        BackendError: a prompt or a position that the source does not have.
     """
-    length = source["input_ids"].shape[1]
+    rows, length = source["input_ids"].shape
+    if row >= rows:
+        raise BackendError(f"a source has {rows} prompts, expected as many as the base: there is none for number {row}")
     outside = [position for position in place.positions or () if not 0 <= position < length]
     if outside:
         raise BackendError(

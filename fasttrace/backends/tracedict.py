@@ -102,12 +102,14 @@ def patches_of(layers: Sequence[str] | str, edit_output: Edit | Mapping[str, Edi
         edit_output: one of this module's edits for every layer, or one for each layer by name.
 
     Raises:
-        BackendError: an edit that is some other callable.
+        BackendError: an edit that is some other callable, or a layer without one.
     """
     names = [layers] if isinstance(layers, str) else list(layers)
     patches = []
     for name in names:
-        edit = edit_output[name] if isinstance(edit_output, Mapping) else edit_output
+        edit = edit_output.get(name) if isinstance(edit_output, Mapping) else edit_output
+        if edit is None:
+            raise BackendError(f"edit_output has no edit for layer {name!r}: give one, or leave the layer out")
         if not isinstance(edit, TokenEdit):
             raise BackendError(
                 f"edit_output of {name!r} is {edit!r}, whose effect cannot be known: use Restore, Zero, Replace or "

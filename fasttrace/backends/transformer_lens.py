@@ -157,7 +157,8 @@ class TransformerLensBackend(Backend[Cells]):
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
             shape = (length,) if only is None else ()
-            states = torch.empty(len(chunk), rows, *shape, self.embedding_width, dtype=self.model.dtype)
+            full = len(chunk), rows, *shape, self.embedding_width
+            states = torch.empty(full, dtype=self.model.dtype, device=tokens.device)
             names = {get_act_name(name, layer=int(index[0])) for index in chunk}
             for row, prompt in enumerate(tokens):
                 clean = {key: _row(clean_cache, key, row, rows) for key in names}
@@ -165,7 +166,7 @@ class TransformerLensBackend(Backend[Cells]):
                     states[numbers, row] = self.run(request)
             if read is not None:
                 states = states[:, :, read] if only is None else states[:, :, None]
-            for logits in self.logits_of_each(states.to(tokens.device)):
+            for logits in self.logits_of_each(states):
                 yield logits if read is None else _at_tokens(logits, read, length)
 
     def _embedding_noise(self, tokens: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:

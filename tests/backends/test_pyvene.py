@@ -167,6 +167,7 @@ OUT_OF_RANGE = {
     "base position": ("block_output", {"sources->base": (3, 9)}, "position 9 .*expected 0 to 7"),
     "position from the end": ("block_output", {"sources->base": (-1, 3)}, "source position -1 .*expected 0 to 7"),
     "head": ("head", heads_at([1], [4], [4]), "head 4 .*expected 0 to 3"),
+    "no source position": ("block_output", {"base": 3}, "no positions in its source"),
     "head's position": ("head", heads_at([1], [12]), "position 12 .*expected 0 to 7"),
 }
 
@@ -235,6 +236,17 @@ def test_padded_prompts_read_no_padding(side: str) -> None:
     _, found = backend.FastIntervenable(config, model)(base, [source], {"sources->base": 4})
     real = mask.bool()
     torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-5, atol=1e-4)
+
+
+def test_sources_come_in_any_sequence_and_of_as_many_prompts() -> None:
+    model, base, source = language_model("gpt2", torch.float32), inputs(0), inputs(1)
+    fast = backend.FastIntervenable(
+        pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)]), model
+    )
+    listed, *others = (fast(base, given, {"sources->base": 4})[1].logits for given in ([source], (source,), source))
+    assert all(torch.equal(other, listed) for other in others)
+    with pytest.raises(BackendError, match="a source has 1 prompts"):
+        fast(base, [{"input_ids": source["input_ids"][:1]}], {"sources->base": 4})
 
 
 def test_the_users_model_stays_as_it_is() -> None:

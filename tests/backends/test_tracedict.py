@@ -72,3 +72,5 @@ def test_edits_may_differ_by_layer() -> None:
 def test_any_other_callable_is_refused() -> None:
     with pytest.raises(BackendError, match="baukit's TraceDict"):
         patches_of("transformer.h.0", lambda output, layer: output)
+    with pytest.raises(BackendError, match=r"no edit for layer 'transformer\.h\.1'"):
+        patches_of(["transformer.h.0", "transformer.h.1"], {"transformer.h.0": Zero([1])})
