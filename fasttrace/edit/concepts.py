@@ -78,6 +78,8 @@ def preserved(preserve: Iterable[str | Prompt], templates: Sequence[str]) -> lis
 
 def in_template(subject: str, template: str) -> Prompt:
     """A prompt whose subject's place is known, wherever in the template it stands."""
+    if not isinstance(subject, str):
+        raise EditError(f"{subject!r} among the concepts or the words to preserve: expected words")
     parts = template.split("{}")
     if len(parts) != 2:
         raise EditError(f'template {template!r} has {len(parts) - 1} places "{{}}" for the subject: expected one')

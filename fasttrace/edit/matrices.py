@@ -73,11 +73,14 @@ def select_matrices(pipe: Any, sites: str | Site | Iterable[str | Site]) -> list
 
     Raises:
         SiteError: a name that matches nothing.
-        EditError: a site without a weight that an edit can reach.
+        EditError: no name, or a site without a weight that an edit can reach.
     """
+    patterns = [sites] if isinstance(sites, str | Site) else list(sites)
+    if not patterns:
+        raise EditError("no sites to edit: expected at least one name or glob")
     matrices = list_matrices(pipe)
     wanted: set[str] = set()
-    for pattern in [sites] if isinstance(sites, str | Site) else sites:
+    for pattern in patterns:
         name = pattern.name if isinstance(pattern, Site) else pattern
         found = [m.name for m in matrices if fnmatch.fnmatchcase(m.name, name)]
         found += [m.name for m in matrices if m.default and fnmatch.fnmatchcase(m.site.name, name)]
