@@ -81,7 +81,7 @@ class Effects:
             ``total_effect``), ``prompts`` and ``runs``.
 
         Raises:
-            StudyError: an unknown column.
+            StudyError: an unknown column, a confidence that is not between 0 and 1, or no resamples.
         """
         groups = self._groups(by)
         low, high = groups.over_prompts(

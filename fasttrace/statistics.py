@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from .errors import StudyError
+
 Array = NDArray[np.float64]
 
 _RESAMPLES_AT_ONCE = 200
@@ -85,6 +87,10 @@ def sign_flip_p(differences: Array, resamples: int = 9999, seed: int = 0) -> flo
 def _bootstrap(
     data: tuple[Array, ...], statistic: Callable[..., Any], confidence: float, resamples: int, seed: int
 ) -> tuple[Array, Array]:
+    if not 0 < confidence < 1:
+        raise StudyError(f"confidence={confidence!r}: expected a share between 0 and 1, such as 0.95")
+    if resamples < 1:
+        raise StudyError(f"resamples={resamples!r}: expected at least 1")
     n = data[0].shape[-1]
     if n < 2:
         missing = np.full(data[0].shape[:-1], np.nan)

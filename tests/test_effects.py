@@ -137,6 +137,16 @@ def test_compare_takes_columns_and_refuses_what_is_not_there():
         effects.compare("nowhere", layer)
 
 
+@pytest.mark.parametrize("question", ["aie", "normalized", "rank"])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_confidence_that_is_no_share_is_refused(question, prompts):
+    effects = unet_effects(prompts=prompts, seeds=1)
+    with pytest.raises(StudyError, match="confidence=95: expected a share between 0 and 1"):
+        getattr(effects, question)(confidence=95)
+    with pytest.raises(StudyError, match="resamples=0: expected at least 1"):
+        getattr(effects, question)(resamples=0)
+
+
 def test_where_names_what_there_is():
     effects = unet_effects(prompts=1, seeds=1)
     assert set(effects.where(kind=["mlp", "resnet"]).table["kind"]) == {"mlp", "resnet"}
