@@ -176,7 +176,11 @@ def _from_callable(function: PictureMetric) -> Metric:
 
     def score(run: RunBatch) -> Tensor:
         assert run.images is not None
-        return torch.as_tensor(function(run.images, run.prompts))
+        scores = function(run.images, run.prompts)
+        try:
+            return torch.as_tensor(scores)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MetricError(f"metric {name!r} returned {type(scores).__name__}, not numbers: {error}") from error
 
     return Metric(name, "images", score)
 

@@ -229,6 +229,7 @@ def test_callables_score_pictures():
     [
         (lambda images, prompts: images.mean(), r"shape \[\]: expected \[2\]"),
         (lambda images, prompts: [1.0, float("nan")], "gave nan for run 1"),
+        (lambda images, prompts: ["good", "bad"], "returned list, not numbers"),
     ],
 )
 def test_callables_that_return_something_else_are_named(function, problem):
