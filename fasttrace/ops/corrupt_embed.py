@@ -33,6 +33,9 @@ def reference(
 
     Returns:
         ``[R, T, D]``, dtype of ``table``. Sums are taken in fp32 (fp64 for an fp64 table) and rounded once.
+
+    Raises:
+        KernelError: shapes that do not fit together.
     """
     check_embed(ids, table, positions, mask, sigma, sample, seed)
     wide = torch.promote_types(table.dtype, torch.float32)
@@ -82,7 +85,7 @@ def _fake(
     return table.new_empty(ids.shape[0], ids.shape[1], table.shape[1])
 
 
-def _shape_class(ids: Tensor, table: Tensor, *_: Tensor) -> str:
+def _shape_class(ids: Tensor, table: Tensor, *_: object, **__: object) -> str:
     return f"d{table.shape[1]}"
 
 

@@ -103,6 +103,11 @@ def test_reference_adds_the_noise_of_the_corruption():
         assert (out[row] - expected).abs().max() < 1e-6
 
 
+def test_arguments_may_be_given_by_name():
+    *others, seed = inputs(3, 4, 8, torch.float32)
+    assert torch.equal(corrupt_embed(*others, seed=seed), corrupt_embed(*others, seed))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 64])
 def test_torch_matches_the_reference(width, dtype, assert_close):
