@@ -6,6 +6,7 @@ import torch
 import triton
 
 from ..aot import CompileCase
+from ..configs import arch_of
 from .kernel import attention_restore_kernel
 
 MAX_HEAD_DIM = 160
@@ -92,8 +93,7 @@ def attention_restore(
     if out.numel() == 0:
         return out
     if blocks is None:
-        arch = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
-        blocks = config(arch, head_dim, queries, keys, head_source is not None)
+        blocks = config(arch_of(q), head_dim, queries, keys, head_source is not None)
     block_m, block_n, warps, stages = blocks
     columns, rest = split(head_dim)
     none = (0, 0, 0)
