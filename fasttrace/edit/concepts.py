@@ -52,16 +52,16 @@ def pairs_of(concepts: Concepts, templates: Sequence[str]) -> list[Pair]:
 
 def checked(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs without repetitions, if no old sentence is given two meanings."""
-    meanings: dict[Prompt, Prompt] = {}
+    meanings: dict[Place, Pair] = {}
     for pair in pairs:
         if pair.old.text == pair.new.text:
             raise EditError(f"the old and the new sentence are both {pair.old.text!r}: there is nothing to edit")
-        if meanings.setdefault(pair.old, pair.new) != pair.new:
+        first = meanings.setdefault(_place(pair.old), pair)
+        if _place(first.new) != _place(pair.new):
             raise EditError(
-                f"{pair.old.text!r} is to be read both as {meanings[pair.old].text!r} and as {pair.new.text!r}: "
-                "keep one of them"
+                f"{pair.old.text!r} is to be read both as {first.new.text!r} and as {pair.new.text!r}: keep one of them"
             )
-    return [Pair(old, new) for old, new in meanings.items()]
+    return list(meanings.values())
 
 
 def preserved(preserve: Iterable[str | Prompt], templates: Sequence[str]) -> list[Prompt]:
@@ -71,9 +71,40 @@ def preserved(preserve: Iterable[str | Prompt], templates: Sequence[str]) -> lis
     prompts = [
         prompt
         for entry in preserve
-        for prompt in ([entry] if isinstance(entry, Prompt) else [in_template(entry, t) for t in templates])
+        for prompt in (
+            [_unlabelled(entry)] if isinstance(entry, Prompt) else [in_template(entry, t) for t in templates]
+        )
     ]
-    return list(dict.fromkeys(prompts))
+    return distinct(prompts)
+
+
+Place = tuple[str, tuple[tuple[int, int], ...]]
+
+
+def _place(prompt: Prompt) -> Place:
+    """What decides a prompt's keys: the sentence, and where its subject stands in it."""
+    return prompt.text, prompt.spans
+
+
+def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Prompts without repetitions of a sentence with its subject at the same place."""
+    found: dict[Place, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(_place(prompt), prompt)
+    return list(found.values())
+
+
+def check_compatible(pairs: Sequence[Pair], preserve: Sequence[Prompt]) -> None:
+    """Raise an ``EditError`` where a subject is to be edited and to keep its values, which would halve the edit."""
+    kept = {_place(prompt) for prompt in preserve}
+    both = next((pair.old for pair in pairs if _place(pair.old) in kept), None)
+    if both is not None:
+        raise EditError(f"{both.subject!r} in {both.text!r} is both edited and preserved: leave it out of preserve")
+
+
+def _unlabelled(prompt: Prompt) -> Prompt:
+    """The prompt as far as an edit reads it, and as its recipe keeps it."""
+    return Prompt(prompt.text, prompt.subject, span=prompt.span)
 
 
 def in_template(subject: str, template: str) -> Prompt:
@@ -90,7 +121,7 @@ def in_template(subject: str, template: str) -> Prompt:
 def _as_pair(entry: Any) -> Pair:
     if not isinstance(entry, tuple | list) or len(entry) != 2 or not all(isinstance(p, Prompt) for p in entry):
         raise EditError(f"concepts contains {entry!r}: expected a pair of Prompts, or a mapping of words to words")
-    return Pair(*entry)
+    return Pair(*map(_unlabelled, entry))
 
 
 def aligned_positions(

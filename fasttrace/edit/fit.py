@@ -12,7 +12,18 @@ from ..errors import EditError
 from ..prompts import Prompt
 from ..sites import TEXT_PARTS, Site, discover_sites
 from .auto_site import strongest_text_site
-from .concepts import POSITIONS, RELEASE_TEMPLATES, Concepts, Pair, Positions, checked, pairs_of, preserved
+from .concepts import (
+    POSITIONS,
+    RELEASE_TEMPLATES,
+    Concepts,
+    Pair,
+    Positions,
+    check_compatible,
+    checked,
+    distinct,
+    pairs_of,
+    preserved,
+)
 from .cross_attention import fit_cross_attention
 from .edit import Edit, Recipe, new_edit
 from .keys import key_gram
@@ -96,8 +107,9 @@ def fit_edit(
         effects: of a text trace, for ``site="auto"``.
 
     Raises:
-        EditError: an unknown method, mode or rule; spans that do not align; a site without a weight or of the wrong
-            part; ``λ <= 0`` with dependent keys; a result that is not finite.
+        EditError: an unknown method, mode or rule; a subject that is both edited and preserved; spans that do not
+            align; a site without a weight or of the wrong part; ``λ <= 0`` with dependent keys; a result that is not
+            finite.
         SiteError: a name that matches no site.
         PromptError: a subject that is empty or cut off.
     """
@@ -157,14 +169,19 @@ def combine(pipe: Any, edits: Sequence[Edit], gram: Tensor | Mapping[str, Tensor
     pairs = checked([pair for edit in edits for pair in edit.recipe.pairs])
     merged = {
         "pairs": tuple(pairs),
-        "preserve": tuple(dict.fromkeys(prompt for edit in edits for prompt in edit.recipe.preserve)),
+        "preserve": tuple(distinct(prompt for edit in edits for prompt in edit.recipe.preserve)),
         "captions": _free_of_subjects([caption for edit in edits for caption in edit.recipe.captions], pairs),
     }
     return fit_recipe(pipe, Recipe(**{**vars(first), **merged}), gram)
 
 
 def fit_recipe(pipe: Any, recipe: Recipe, gram: Tensor | Mapping[str, Tensor] | None = None) -> Edit:
-    """The edit of a recipe whose matrices and sentences are settled."""
+    """The edit of a recipe whose matrices and sentences are settled.
+
+    Raises:
+        EditError: a subject that is both edited and preserved.
+    """
+    check_compatible(recipe.pairs, recipe.preserve)
     matrices = select_matrices(pipe, recipe.matrices)
     updates = _fit(pipe, matrices, recipe, gram)
     return new_edit(matrices, updates, recipe)

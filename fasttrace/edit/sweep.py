@@ -18,7 +18,7 @@ from ..errors import EditError
 from ..pipeline import decode_latents, needs_added
 from ..prompts import Prompt
 from ..sites import TEXT_PARTS, Site
-from .concepts import Concepts, Positions, pairs_of, preserved
+from .concepts import Concepts, Positions, check_compatible, pairs_of, preserved
 from .edit import Edit, Recipe, new_edit
 from .keys import text_columns, text_states, tokens_of
 from .matrices import select_matrices
@@ -57,6 +57,7 @@ def fit_candidates(
     preserve, edits = list(preserve), []
     for sentences in templates:
         pairs, kept_prompts = pairs_of(concepts, sentences), preserved(preserve, sentences)
+        check_compatible(pairs, kept_prompts)
         for part, group in groupby(matrices, key=lambda matrix: matrix.part):
             members = list(group)
             modules = {matrix.name: matrix.module for matrix in members}

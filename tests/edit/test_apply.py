@@ -103,7 +103,11 @@ def test_version_counters_move_at_both_ends(tiny_sd15: Any) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_save_and_load(tiny: Any, tmp_path: Path, method: str) -> None:
-    pair = (ft.Prompt("a cat and a cat", "cat", span=(12, 15)), ft.Prompt("a cat and a dog", "dog"))
+    # Labels that an edit does not read are not kept either: what is loaded equals what was fitted.
+    pair = (
+        ft.Prompt("a cat and a cat", "cat", span=(12, 15), id="x", attribute="y"),
+        ft.Prompt("a cat and a dog", "dog"),
+    )
     concepts = CONCEPT if method in ("uce", "time") else [pair]
     edit = ft.fit_edit(tiny, concepts, method=method, preserve=["monet"], captions=["a red apple"])
     loaded = ft.load_edit(edit.save(tmp_path / "edit"))
@@ -160,6 +164,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"concepts": {"cat": "cat"}}, EditError, "nothing to edit"),
     ({"concepts": {"": "dog"}}, PromptError, "empty"),
     ({"concepts": {"cat": 3}}, EditError, "3 among the concepts .*: expected words"),
+    ({"preserve": ["monet", "van gogh"]}, EditError, "'van gogh' .* is both edited and preserved"),
     ({"preserve": [None]}, EditError, "None among the concepts .*: expected words"),
     ({"site": []}, EditError, "no sites to edit: expected at least one name"),
     ({"concepts": [("cat", "dog")]}, EditError, "pair of Prompts"),
@@ -213,12 +218,27 @@ def test_spans_that_do_not_align(
         ft.fit_edit(tiny_sd15, [(ft.Prompt(*old), ft.Prompt(*new))], positions=rule)
 
 
+def test_what_several_edits_share_counts_once(tiny_sd15: Any) -> None:
+    """A sentence is the same with or without labels, and with its subject's place given or found."""
+    labelled = ft.Prompt("van gogh", "van gogh", attribute="style"), ft.Prompt("painting", "painting", id="x")
+    kept = ft.Prompt("monet", "monet", seeds=(4,))
+    one = ft.fit_edit(tiny_sd15, CONCEPT, preserve=["monet"])
+    joint = combine(tiny_sd15, [one, ft.fit_edit(tiny_sd15, [labelled], preserve=[kept, "monet"])])
+    assert (len(joint.recipe.pairs), len(joint.recipe.preserve)) == (1, 1)
+    assert torch.equal(joint.updates[0].left, one.updates[0].left)
+
+
 def test_edits_that_cannot_be_combined(tiny_sd15: Any) -> None:
     one = ft.fit_edit(tiny_sd15, CONCEPT)
     with pytest.raises(EditError, match="differ in ridge"):
         combine(tiny_sd15, [one, ft.fit_edit(tiny_sd15, {"cat": "dog"}, ridge=0.5)])
     with pytest.raises(EditError, match="to be read both as"):
         combine(tiny_sd15, [one, ft.fit_edit(tiny_sd15, {"van gogh": "dog"})])
+    labelled = ft.Prompt("van gogh", "van gogh", attribute="style", id="artist", seeds=(1,))
+    with pytest.raises(EditError, match="to be read both as"):
+        combine(tiny_sd15, [one, ft.fit_edit(tiny_sd15, [(labelled, ft.Prompt("dog", "dog"))])])
+    with pytest.raises(EditError, match="is both edited and preserved"):
+        combine(tiny_sd15, [one, ft.fit_edit(tiny_sd15, {"cat": "dog"}, preserve=["van gogh"])])
     with pytest.raises(EditError, match="give it again"):
         combine(tiny_sd15, [ft.fit_edit(tiny_sd15, CONCEPT, gram=torch.eye(32))])
     with pytest.raises(EditError, match="at least one"):
