@@ -35,7 +35,7 @@ class Run:
         position: the one position that is patched, or ``None`` for several or all.
         token: its token, or tokens, as text; empty for UNet sites.
         token_role: the role asked for, or the role of the position; ``"tokens 1,3-5"`` for several indices,
-            ``"pixels"`` for those of a feature map, ``"all"`` without positions.
+            ``"pixels 1,3-5"`` for those of a feature map, ``"all"`` without positions.
         steps: denoising steps, for UNet sites.
         text: text patches that change anything; equal ones give equal text states.
         unet: positions of the UNet patches: ``None`` for the whole map.
@@ -256,7 +256,7 @@ def _label(
     if not patched:
         if not isinstance(where, tuple):
             return None, "", "all"
-        return (where[0] if len(where) == 1 else None), "", "pixels"
+        return (where[0], "", "pixel") if len(where) == 1 else (None, "", f"pixels {index_label(where)}")
     part, tokens = next(iter(patched.items()))
     positions = at[part]
     if positions is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from .checks import listed
 from .errors import StudyError
 from .patch import ROLES
 from .sites import Site, discover_sites, find_site, select_sites
+
+_LABEL = 60
 
 Steps: TypeAlias = tuple[int, ...] | None
 """Denoising steps that one run patches; ``None`` for all."""
@@ -185,14 +188,17 @@ def _set(indices: Iterable[Any]) -> tuple[int, ...]:
 
 
 def index_label(indices: Sequence[int]) -> str:
-    """Ascending indices in few characters, different for every set: ``1,3`` or ``3-76``."""
+    """Ascending indices in few characters, different for every set: ``1,3-76``, ``none``; a digest where they are many."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:
             runs[-1][1] = index
         else:
             runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "none"
+    if len(text) <= _LABEL:
+        return text
+    return f"{indices[0]}-{indices[-1]}, {len(indices)} of them, {zlib.crc32(text.encode()):08x}"
 
 
 def parse_steps(given: Any, count: int) -> tuple[Steps, ...]:

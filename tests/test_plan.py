@@ -67,6 +67,20 @@ def test_sets_of_tokens_are_told_apart_and_equal_ones_are_one(tiny_sd15: Any) ->
     assert [run.text[0][1] for run in runs] == [(3, 4), (5, 6, 7, 9), (8,), (7,)]
 
 
+def test_sets_of_pixels_are_told_apart_however_many_they_are(tiny_sd15: Any) -> None:
+    def label(pixels: list[int]) -> tuple[int | None, str]:
+        (run,) = runs_of(plan(tiny_sd15, APPLE, sites="unet.down_blocks.0.resnets.0", positions=pixels), "apple")
+        return run.position, run.token_role
+
+    assert label([5]) == (5, "pixel")
+    assert label([]) == (None, "pixels none")
+    assert label([6, 5, 9]) == (None, "pixels 5-6,9")
+    even, other = label(list(range(0, 64, 2))), label([*range(0, 30, 2), *range(31, 63, 2), 62])
+    assert even[1].startswith("pixels 0-62, 32 of them, ")
+    assert other[1].startswith("pixels 0-62, 32 of them, ")
+    assert even != other
+
+
 def test_sites_that_are_given_twice_are_patched_once(tiny_sd15: Any) -> None:
     site, both = "unet.mid_block.resnets.0", ("unet.mid_block.resnets.0", "unet.mid_block.resnets.1")
     runs = runs_of(plan(tiny_sd15, APPLE, sites=[both, site, (site,), both]), "apple")
