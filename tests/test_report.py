@@ -49,6 +49,18 @@ def test_tables_are_those_of_the_effects(tmp_path):
     pd.testing.assert_frame_equal(Effects.load(page.parent).table, effects.table, check_dtype=False)
 
 
+def test_parts_of_one_file_name_keep_their_own_files(tmp_path):
+    table = unet_effects(prompts=2).table
+    long = "clip_score:/data/" + 90 * "x"
+    other = table.assign(metric=f"{long}/b", indirect_effect=-table["indirect_effect"])
+    page = report(
+        Effects(pd.concat([table.assign(metric=f"{long}/a"), other], ignore_index=True), {}), tmp_path / "out"
+    )
+    tops = [pd.read_csv(path)["aie"][0] for path in sorted(page.parent.glob("*rank.csv"))]
+    assert len(set(tops)) == 2
+    assert len(set(links(page))) == len(links(page))
+
+
 def test_text_is_escaped(tmp_path):
     table = text_effects().table.assign(prompt="<script>alert(1)</script>")
     assert "<script>" not in report(Effects(table, {"note": "<script>"}), tmp_path / "out").read_text()

@@ -88,11 +88,14 @@ def _write(effects: Effects, folder: Path, pictures: Path | None) -> None:
 def _parts(effects: Effects) -> Iterator[tuple[str, str, Effects]]:
     """Title, file name and rows of each part: one metric, and one setting of all else that effects depend on."""
     columns = effects.meaning()
+    used: list[str] = []
     for values in effects.table[columns].drop_duplicates().itertuples(index=False, name=None):
         pairs = dict(zip(columns, values, strict=True))
         rest = "".join(f", {column} {value}" for column, value in pairs.items() if column != "metric")
         name = "-".join("".join(c if c.isalnum() or c == "_" else "-" for c in str(value)) for value in values)
-        yield f"{pairs['metric']}{rest}", name.strip("-")[:80], effects.where(**pairs)
+        used.append(name.strip("-")[:80])
+        again = used.count(used[-1])  # metrics of two folders may have one name in so many characters
+        yield f"{pairs['metric']}{rest}", used[-1] if again == 1 else f"{used[-1]}-{again}", effects.where(**pairs)
 
 
 def _tables(effects: Effects) -> Iterator[tuple[str, str, pd.DataFrame]]:
