@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ class Prompt:
         seeds: seeds of this prompt's latents, if they differ from the study's.
 
     Raises:
-        PromptError: a text or subject that is empty or no text, or a subject that does not stand in the text as whole
-            words.
+        PromptError: a text or subject that is empty or no text, a span or seeds that are no whole numbers, or a subject
+            that does not stand in the text as whole words.
     """
 
     text: str
@@ -47,7 +48,7 @@ class Prompt:
         if not self.subject.strip():
             raise PromptError(f"prompt {self.text!r} has an empty subject: name the words to corrupt")
         if self.span is not None:
-            start, stop = self.span
+            start, stop = _whole_numbers("span", self.span, 2)
             if not 0 <= start < stop <= len(self.text):
                 raise PromptError(f"span {self.span} is not within the {len(self.text)} characters of {self.text!r}")
             spans: tuple[tuple[int, int], ...] = ((start, stop),)
@@ -56,7 +57,7 @@ class Prompt:
         object.__setattr__(self, "spans", spans)
         object.__setattr__(self, "id", self.id or self.text)
         if self.seeds is not None:
-            object.__setattr__(self, "seeds", tuple(self.seeds))
+            object.__setattr__(self, "seeds", _whole_numbers("seeds", self.seeds))
 
     def tokenize(self, tokenizer: Any) -> TokenizedPrompt:
         """Token ids, and the positions of the subject.
@@ -157,6 +158,16 @@ def _spans_by_matching(text: str, tokenizer: Any) -> list[tuple[int, int]]:
         cursor = start + len(piece)
         spans.append((start, cursor))
     return spans
+
+
+def _whole_numbers(name: str, given: Any, count: int | None = None) -> tuple[int, ...]:
+    try:
+        numbers = tuple(operator.index(value) for value in given)
+    except TypeError:
+        numbers = ()
+    if not numbers or (count is not None and len(numbers) != count):
+        raise PromptError(f"{name}={given!r}: expected {'' if count is None else f'{count} '}whole numbers")
+    return numbers
 
 
 def _occurrences(text: str, subject: str) -> tuple[tuple[int, int], ...]:

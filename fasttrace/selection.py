@@ -188,7 +188,7 @@ def _set(indices: Iterable[Any]) -> tuple[int, ...]:
 
 
 def index_label(indices: Sequence[int]) -> str:
-    """Ascending indices in few characters, different for every set: ``1,3-76``, ``none``; a digest where they are many."""
+    """Ascending indices in few characters, different for every set: ``1,3-76``, ``none``, or a digest of many."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][1] + 1:

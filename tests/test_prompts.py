@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fasttrace as ft
@@ -92,6 +93,15 @@ def test_a_subject_that_just_fits_is_taken(tokenizer: Any) -> None:
 def test_malformed_prompts_are_refused(text: Any, subject: Any, span: tuple[int, int] | None) -> None:
     with pytest.raises(PromptError):
         ft.Prompt(text, subject, span=span)
+
+
+def test_seeds_and_spans_are_whole_numbers_of_python() -> None:
+    prompt = ft.Prompt("a red apple", "apple", span=(6, 11), seeds=np.array([3, 4]))
+    assert prompt.seeds == (3, 4)
+    assert all(type(seed) is int for seed in prompt.seeds)
+    for given in ({"seeds": 3}, {"seeds": [0.5]}, {"seeds": []}, {"span": (1,)}, {"span": 4}, {"span": (0.0, 2.0)}):
+        with pytest.raises(PromptError, match=r"(seeds|span)=.*: expected (2 )?whole numbers"):
+            ft.Prompt("a red apple", "apple", **given)
 
 
 def test_offsets_found_by_matching_equal_the_tokenizers_own(tokenizer: Any) -> None:
