@@ -14,6 +14,7 @@ from .errors import StudyError
 from .patch import Patch
 from .prompts import Prompt, TokenizedPrompt
 from .selection import SiteSet, Steps, index_label
+from .sites import is_causal
 from .study import INJECT
 
 if TYPE_CHECKING:
@@ -235,13 +236,13 @@ def _effective(
 ) -> tuple[int, ...] | None:
     """Positions where a patch changes anything; ``None`` for all.
 
-    CLIP's encoders are causal: before the first corrupted token the clean and the corrupted run are the same.
+    In a causal encoder the clean and the corrupted run are the same before the first corrupted token.
     """
     length, first = len(tokens.ids), tokens.subject[0]
     outside = [position for position in positions or () if not 0 <= position < length]
     if outside:
         raise StudyError(f"position {outside[0]} is out of range: the prompts have {length} tokens in {part}")
-    if study.source not in ("clean", "corrupted"):
+    if study.source not in ("clean", "corrupted") or not is_causal(getattr(study.pipe, part)):
         return positions
     everything = range(length) if positions is None else positions
     return tuple(sorted(position for position in everything if position >= first))

@@ -157,6 +157,11 @@ def unknown_site(name: str, names: Sequence[str]) -> str:
     return f"no site matches {name!r} among {len(names)} sites{hint}"
 
 
+def is_causal(encoder: Any) -> bool:
+    """Whether a token of a text encoder reads only itself and the tokens before it, as in all but T5."""
+    return not type(encoder).__name__.startswith("T5")
+
+
 def canonical_path(path: str) -> str:
     """A module's dotted path as sites spell it, without the ``text_model.`` that some versions insert."""
     return path.removeprefix("text_model.")

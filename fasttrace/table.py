@@ -37,9 +37,10 @@ def network_order(site: str) -> tuple[int, ...]:
     part, *path = re.split(r" \+ |\.\.", site)[0].split(".")
     numbers = [int(piece) for piece in path if piece.isdigit()]
     if part != "unet":
-        kind = "heads" if "heads" in path else path[-1] if path and not path[-1].isdigit() else ""
+        whole_layer = bool(path) and path[-1].isdigit() and "heads" not in path
+        place = len(_WITHIN) + 1 if whole_layer else _place("heads" if "heads" in path else path[-1] if path else "")
         encoder = int(part.removeprefix("text_encoder").strip("_") or 1)
-        return (0, encoder, *numbers[:1], _place(kind), *numbers[1:])
+        return (0, encoder, *numbers[:1], place, *numbers[1:])
     side = path[0] if path else ""
     if side == "mid_block":
         numbers.insert(0, 0)

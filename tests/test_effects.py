@@ -8,9 +8,10 @@ import pytest
 
 from fasttrace.effects import Effects
 from fasttrace.errors import StudyError
-from fasttrace.sites import discover_sites
+from fasttrace.sites import discover_sites, part_sites
 from fasttrace.table import COLUMNS, canonical_order, network_order
 from fasttrace.zoo import random_pipeline
+from tests.engine.text_models import text_model
 from tests.synthetic import row, text_effects, unet_effects, unet_sites
 
 RECORD = {
@@ -217,6 +218,12 @@ def test_save_and_load_give_the_same_table(tmp_path):
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "tiny-sdxl"])
 def test_network_order_is_execution_order(name):
     names = [site.name for site in discover_sites(random_pipeline(name, device="meta"))]
+    shuffled = list(np.random.default_rng(0).permutation(names))
+    assert sorted(shuffled, key=network_order) == names
+
+
+def test_network_order_of_a_t5_encoder_is_execution_order():
+    names = [site.name for site in part_sites(text_model("t5"), "text_encoder")]
     shuffled = list(np.random.default_rng(0).permutation(names))
     assert sorted(shuffled, key=network_order) == names
 

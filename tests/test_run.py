@@ -151,6 +151,30 @@ def test_lcm_takes_the_guidance_scale_as_an_input() -> None:
 # Sources.
 
 
+def test_tokens_before_the_subject_count_where_every_token_reads_all() -> None:
+    """In T5 corruption reaches the first token too, so restoring that one is no run that equals its base."""
+    from transformers import T5Config, T5EncoderModel
+
+    pipe = ft.zoo.random_pipeline("tiny-sd15", dtype=torch.float64)
+    torch.manual_seed(0)
+    width = pipe.unet.config.cross_attention_dim
+    config = T5Config(d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=2, vocab_size=1000)
+    pipe.text_encoder = T5EncoderModel(config).double().eval()
+    made = study(
+        pipe,
+        prompts=[APPLE],
+        sites="text_encoder.encoder.block.0",
+        positions=[[0], [3], [0, 3], "all"],
+        metrics=["text_l2"],
+    )
+    rows = table(made)
+    assert_same(rows, table(made, "oracle"))
+    effects = rows.set_index("token_role")["indirect_effect"]
+    first, subject, both, everywhere = effects[["bos", "subject_last", "tokens 0,3", "all"]]
+    assert len({0.0, first, subject, both}) == 4
+    assert everywhere == pytest.approx(rows["total_effect"][0])
+
+
 def test_injection_everywhere_is_the_other_text_s_run(exact: Any) -> None:
     made = study(
         exact, prompts=[APPLE], base="clean", source="inject:target", sites=[("unet.*attn2",), "unet.mid*attn2"],

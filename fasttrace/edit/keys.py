@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..engine.values import first
 from ..errors import EditError
 from ..prompts import Prompt, TokenizedPrompt
+from ..sites import is_causal
 from .concepts import Pair, Positions, aligned_positions
 from .matrices import select_matrices, tokenizer_of
 
@@ -133,7 +134,7 @@ def text_columns(
     """
     names = [*inputs, *(outputs or {})]
     parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    causal = type(encoder).__name__.startswith("CLIP")
+    causal = is_causal(encoder)
     device = encoder.get_input_embeddings().weight.device  # type: ignore[operator]
     for start in range(0, len(tokens.ids), _BATCH):
         ids, positions = tokens.ids[start : start + _BATCH], tokens.positions[start : start + _BATCH]
