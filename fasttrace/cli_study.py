@@ -93,7 +93,7 @@ def read_request(
     steps: Annotated[
         list[str] | None,
         _option(
-            "Restored denoising steps: all (default), each, 0-9, 0,5, or windows:5 or windows:5:2" + _MANY, "Study"
+            "Restored denoising steps: all (default), each, 0-9, 0,5, or windows:WIDTH[:STRIDE]" + _MANY, "Study"
         ),
     ] = None,
     windows: Annotated[int | None, _option("Adjacent layers restored together (1).", "Study")] = None,
@@ -196,7 +196,7 @@ def _steps(text: str) -> Any:
         width, _, stride = text.removeprefix("windows:").partition(":")
         if not width.isdecimal() or (stride and not stride.isdecimal()):
             raise StudyError(f"--steps {text!r}: expected windows:WIDTH or windows:WIDTH:STRIDE, as in windows:5:5")
-        return {"width": int(width), "stride": int(stride or width)}
+        return {"width": int(width), "stride": int(stride or 1)}
     return numbers(text, "--steps")
 
 

@@ -112,3 +112,5 @@ def test_numbers_and_options_are_read():
     assert settings["sites"] == [("unet.*.attn1", "unet.*.attn2")]
     assert settings["steps"] == {"width": 5, "stride": 2}
     assert settings["positions"] == [3, 4]
+    settings = read_request("m", ["a red apple"], ["apple"], steps=["windows:5"]).settings
+    assert settings["steps"] == {"width": 5, "stride": 1}  # as in Python, where no stride means one

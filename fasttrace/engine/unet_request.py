@@ -105,6 +105,8 @@ def unet_request(
         raise PatchError(f"compile={compile!r}: expected True, False or one of {', '.join(COMPILE_MODES)}")
     if num_inference_steps < 1:
         raise PatchError(f"num_inference_steps={num_inference_steps}: expected at least 1")
+    if max_batch is not None and max_batch < 1:
+        raise PatchError(f"max_batch={max_batch}: expected at least 1, or None for the engine's own choice")
     unet = pipe.unet
     device, own_dtype = unet.device, unet.dtype
     conditions = {"clean": _condition(pipe, "clean_embeds", clean_embeds, clean_added)}

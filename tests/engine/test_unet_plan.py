@@ -185,6 +185,12 @@ def test_out_of_memory_with_a_single_row_is_raised(monkeypatch: pytest.MonkeyPat
         next(iter(trace_unet_many([request(tiny_sd15, [], max_batch=2)])))
 
 
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_batch_of_no_rows_is_refused(tiny_sd15: Any, rows: int) -> None:
+    with pytest.raises(ft.FasttraceError, match=f"max_batch={rows}: expected at least 1"):
+        request(tiny_sd15, [], max_batch=rows)
+
+
 def test_cost_counts_the_true_architecture() -> None:
     """803 GFLOP for one forward of SD1.x at 64 x 64, the text's keys and values (2.4) left out."""
     pipe = ft.zoo.random_pipeline("sd15", device="meta")
