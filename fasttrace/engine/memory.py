@@ -10,7 +10,8 @@ import torch
 from .unet_cost import UNetCost
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
-"""More rows do not run faster: on a CPU their activations leave the cache, on a GPU they fill it already."""
+"""More rows do not run faster: on a CPU their activations leave the cache (as many as of float32; twice as many of a
+type half as wide), on a GPU they fill it already."""
 
 _SHARE = 0.6
 """Of the free memory that a call's activations may take; the rest is for what rows leave to others, for workspaces of
@@ -42,7 +43,8 @@ class BatchSize:
         free = free_bytes(device)
         if self._key not in self._kept:
             fitting = max(1, int(free * _SHARE) // max(1, row_bytes(cost, dtype))) if free is not None else 1 << 30
-            self._kept[self._key] = most or min(fitting, MOST_ROWS.get(device.type, MOST_ROWS["cuda"]))
+            useful = MOST_ROWS["cpu"] * 4 // dtype.itemsize if device.type == "cpu" else MOST_ROWS["cuda"]
+            self._kept[self._key] = most or min(fitting, useful)
 
     @property
     def rows(self) -> int:

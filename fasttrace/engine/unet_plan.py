@@ -18,8 +18,8 @@ from ..sites import unet_order
 from .unet_runs import Key, Row
 from .unet_stream import Joins
 
-BUCKET = 8
-"""Rows of a compiled call are a multiple of this."""
+BUCKET = 4
+"""Rows of a compiled call are a multiple of this: enough of them to need few graphs, few enough to waste little."""
 
 Codes = NDArray[np.int32]
 Slot = Patch | tuple[Key, str]
