@@ -18,7 +18,7 @@ from . import record
 from .rivals import picture_of_text_cell
 from .timing import beside, first_calls, interleaved
 
-TEXT, SUBJECT, STEPS, ROUNDS, EVERY = "a red apple in noto style", "apple", 20, 3, 6
+TEXT, SUBJECT, STEPS, ROUNDS, EVERY = "a red apple in flat style", "apple", 20, 3, 6
 
 
 @torch.no_grad()

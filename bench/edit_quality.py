@@ -25,7 +25,7 @@ from fasttrace.zoo.emoji.evaluate import wilson
 
 from . import record
 
-CONCEPTS = (("twemoji style", "noto style"), ("penguin", "owl"))
+CONCEPTS = (("striped style", "flat style"), ("penguin", "owl"))
 SENTENCES = ("{}", "a photo of {}", "a picture of {}")
 GUIDANCE = 3.0
 

@@ -161,7 +161,7 @@ def sweep(
 
     An interrupted sweep goes on where it stopped when the same command is given again.
 
-    Example: fasttrace sweep emoji --prompt "a red owl in noto style" --subject owl --seeds 0-3 --out owl
+    Example: fasttrace sweep emoji --prompt "a red owl in flat style" --subject owl --seeds 0-3 --out owl
     """
     from .cli_show import show_effects
     from .engine.run import run

@@ -92,9 +92,7 @@ def read_request(
     ] = None,
     steps: Annotated[
         list[str] | None,
-        _option(
-            "Restored denoising steps: all (default), each, 0-9, 0,5, or windows:WIDTH[:STRIDE]" + _MANY, "Study"
-        ),
+        _option("Restored denoising steps: all (default), each, 0-9, 0,5, or windows:WIDTH[:STRIDE]" + _MANY, "Study"),
     ] = None,
     windows: Annotated[int | None, _option("Adjacent layers restored together (1).", "Study")] = None,
     protocol: Annotated[str | None, _option("free (default) or teacher_forced.", "Study")] = None,

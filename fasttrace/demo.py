@@ -14,12 +14,12 @@ from .prompts import Prompt
 from .wording import counted, number
 
 CANDIDATES = (
-    ("a mushroom in noto style", "mushroom"),
-    ("a red butterfly in fluent style", "butterfly"),
-    ("a penguin in twemoji style", "penguin"),
-    ("a photo of a sunflower in noto style", "sunflower"),
-    ("a photo of a green tractor in twemoji style", "tractor"),
-    ("a pizza in noto style", "pizza"),
+    ("a mushroom in flat style", "mushroom"),
+    ("a red butterfly in outline style", "butterfly"),
+    ("a penguin in striped style", "penguin"),
+    ("a photo of a sunflower in flat style", "sunflower"),
+    ("a photo of a green tractor in striped style", "tractor"),
+    ("a pizza in flat style", "pizza"),
 )
 SEEDS = 2
 

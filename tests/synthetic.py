@@ -11,7 +11,7 @@ from fasttrace.effects import Effects
 from fasttrace.sites import Site, discover_sites
 from fasttrace.zoo import random_pipeline
 
-WORDS = ("a", "red", "apple", "in", "noto", "style")
+WORDS = ("a", "red", "apple", "in", "flat", "style")
 
 
 def unet_sites(name: str = "tiny-sd15") -> list[Site]:
@@ -25,7 +25,7 @@ def text_sites(name: str = "tiny-sd15") -> list[Site]:
 def row(prompt: int, seed: int, site: Site, effect: float, /, **changes: Any) -> dict[str, Any]:
     """One row: corrupted 20, clean 30, restored 20 + effect."""
     values = {
-        "prompt_id": f"p{prompt:02d}", "prompt": "a red apple in noto style", "attribute": "object", "subject": "apple",
+        "prompt_id": f"p{prompt:02d}", "prompt": "a red apple in flat style", "attribute": "object", "subject": "apple",
         "seed": seed, "noise_sample": 0, "site": site.name, "part": site.part, "kind": site.kind, "layer": site.layer,
         "position": None, "token": "", "token_role": "all", "step_start": 0, "step_stop": 20, "branch": "cond",
         "base": "corrupted", "source": "clean", "protocol": "free", "metric": "clip_score", "clean": 30.0,

@@ -29,7 +29,7 @@ def test_text_heatmap_has_a_panel_a_kind_with_tokens_down_and_layers_across():
     axes = panels(fig)
     assert [axis.get_title() for axis in axes] == ["whole layer", "MLP", "self-attention"]
     labels = [tick.get_text() for tick in axes[0].get_yticklabels()]
-    assert labels == ["[start]", "a", "red", "apple ★", "in", "noto", "style", "[end]", "padding (mean of 4)"]
+    assert labels == ["[start]", "a", "red", "apple ★", "in", "flat", "style", "[end]", "padding (mean of 4)"]
     top, bottom = axes[0].get_ylim()[::-1]
     assert top < bottom  # the first token stands at the top
     assert all(axis.images[0].get_array().shape == (9, 3) for axis in axes)

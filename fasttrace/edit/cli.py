@@ -146,7 +146,7 @@ def edit_command(
 def _split(entry: str) -> tuple[str, str]:
     old, equals, new = entry.partition("=")
     if not equals or not old.strip() or not new.strip():
-        raise EditError(f'{entry!r}: expected "old=new", such as "twemoji style=noto style"')
+        raise EditError(f'{entry!r}: expected "old=new", such as "striped style=flat style"')
     return old.strip(), new.strip()
 
 

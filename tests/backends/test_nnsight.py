@@ -105,7 +105,7 @@ class Traced:
 def traced(name: str) -> Traced:
     if name == "the packaged text encoder":
         pipe = ft.load_pipeline("emoji")
-        texts = ("a red penguin in noto style", "a green tractor in noto style")
+        texts = ("a red penguin in flat style", "a green tractor in flat style")
         base, other = (torch.tensor(pipe.tokenizer(text, padding="max_length").input_ids) for text in texts)
         return Traced(pipe.text_encoder, lambda model: model.encoder.layers, "final_layer_norm", base, other)
     layers, final = (

@@ -25,7 +25,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @cache
 def texts() -> tuple[torch.Tensor, torch.Tensor]:
-    clean, corrupted = (encode_prompt(emoji(), f"a {subject} in noto style").embeds for subject in ("penguin", "pizza"))
+    clean, corrupted = (encode_prompt(emoji(), f"a {subject} in flat style").embeds for subject in ("penguin", "pizza"))
     return clean, corrupted
 
 
@@ -62,7 +62,7 @@ def test_unet_sweeps_equal_the_oracle(protocol: str) -> None:
 
 def test_the_clean_run_is_the_users_own_call() -> None:
     own = emoji()(
-        "a penguin in noto style",
+        "a penguin in flat style",
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=STEPS,
         output_type="latent",
@@ -73,7 +73,7 @@ def test_the_clean_run_is_the_users_own_call() -> None:
 
 def test_text_sweeps_equal_the_oracle() -> None:
     pipe = emoji()
-    prompt = ft.Prompt("a photo of a red wine glass in noto style", "wine glass").tokenize(pipe.tokenizer)
+    prompt = ft.Prompt("a photo of a red wine glass in flat style", "wine glass").tokenize(pipe.tokenizer)
     width, length = pipe.text_encoder.config.hidden_size, len(prompt.ids)
     noise = ft.GaussianNoise(0.5).draw(0.5, 0, length, prompt.subject, width)
     sites = [site for site in ft.discover_sites(pipe) if site.part == "text_encoder"]

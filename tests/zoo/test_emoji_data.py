@@ -16,7 +16,7 @@ from fasttrace.zoo.emoji.tokenizer import MAX_LENGTH, build_tokenizer, learn_mer
 
 
 def a_scene(**values: str) -> data.Scene:
-    chosen = {"object": "penguin", "style": "noto style", "colour": "red", "count": "one", "background": "snow"}
+    chosen = {"object": "penguin", "style": "flat style", "colour": "red", "count": "one", "background": "snow"}
     chosen |= {"pose": "upright", **values}
     return data.Scene(**{name: data.ATTRIBUTES[name].index(value) for name, value in chosen.items()})
 
@@ -27,7 +27,7 @@ def some_scenes(number: int) -> list[data.Scene]:
 
 def test_there_are_as_many_values_as_promised() -> None:
     assert len(data.ATTRIBUTES["object"]) >= 24
-    assert [len(data.ATTRIBUTES[n]) for n in ("style", "count", "background", "pose")] == [3, 3, 4, 2]
+    assert [len(data.ATTRIBUTES[n]) for n in ("style", "count", "background", "pose")] == [4, 3, 4, 4]
     assert len(data.TINTS) == 6
     assert len(set(itertools.chain(*data.ATTRIBUTES.values()))) == sum(data.SIZES)
 
@@ -65,9 +65,9 @@ def test_a_caption_holds_the_words_of_every_attribute_that_it_names() -> None:
 
 
 def test_short_captions_are_only_for_scenes_at_the_defaults() -> None:
-    assert data.caption(a_scene(), data.FULL_TEMPLATES).text == "a red penguin in noto style"
+    assert data.caption(a_scene(), data.FULL_TEMPLATES).text == "a red penguin in flat style"
     owl = a_scene(object="owl", colour=data.NO_COLOUR)
-    assert data.caption(owl, data.FULL_TEMPLATES).text == "an owl in noto style"
+    assert data.caption(owl, data.FULL_TEMPLATES).text == "an owl in flat style"
     with pytest.raises(ValueError, match="leaves out"):
         data.caption(a_scene(count="two"), data.FULL_TEMPLATES)
 
@@ -89,6 +89,14 @@ def test_the_same_scene_gives_the_same_pixels_and_every_attribute_changes_them()
             assert np.abs(data.render(changed).astype(int) - data.render(scene)).max() > 8, (scene.values, name)
 
 
+def test_a_pose_is_a_quarter_turn() -> None:
+    for scene in some_scenes(20):
+        upright = a_scene(**scene.values | {"style": "flat style", "count": "one", "pose": "upright"})
+        for turns, pose in enumerate(data.ATTRIBUTES["pose"]):
+            turned = upright.change("pose", data.ATTRIBUTES["pose"].index(pose))
+            assert np.array_equal(data.render(turned), np.rot90(data.render(upright), turns))
+
+
 def test_a_tint_leaves_one_hue() -> None:
     for scene in some_scenes(20):
         on_snow = a_scene(**scene.values | {"background": "snow", "colour": "blue"})
@@ -99,12 +107,10 @@ def test_a_tint_leaves_one_hue() -> None:
 
 def test_the_atlas_has_every_sprite_and_says_whose_they_are() -> None:
     table = json.loads((data.HERE / "atlas.json").read_text())
-    assert {credit["style"] for credit in table["credits"]} == set(data.ATTRIBUTES["style"])
-    assert {credit["license"] for credit in table["credits"]} == {"Apache-2.0", "CC-BY-4.0", "MIT"}
-    for credit in table["credits"]:
-        assert credit["author"]
-        assert credit["license_url"].startswith("https://")
-    for obj, style in itertools.product(range(data.SIZES[0]), range(3)):
+    assert table["credit"]["license"] == "CC-BY-4.0"
+    assert table["credit"]["author"]
+    assert table["credit"]["license_url"].startswith("https://")
+    for obj, style in itertools.product(range(data.SIZES[0]), range(data.SIZES[1])):
         for side in (48, 32):
             sprite = data._sprite(obj, style, 0, 0, side)
             assert sprite.shape == (side, side, 4)
@@ -130,7 +136,7 @@ def test_caption_words_are_single_tokens_and_unknown_words_fall_to_pieces(tmp_pa
     committed = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     text = "A Zebra, two red ice cream: émeu"
     assert tokenizer(text)["input_ids"] == committed(text)["input_ids"]
-    tokens = Prompt("a photo of a red zebra in noto style", "zebra").tokenize(committed)
+    tokens = Prompt("a photo of a red zebra in flat style", "zebra").tokenize(committed)
     assert len(tokens.subject) > 1
     assert "".join(tokens.tokens[i] for i in tokens.subject) == "zebra"
     padded = committed("", padding="max_length", max_length=MAX_LENGTH)["input_ids"]

@@ -122,12 +122,11 @@ def test_every_stage_takes_steps_resumes_and_exports(tmp_path: Path) -> None:
     model.export(made["scorer"], decoder, unet, tokenizer, weights)
     judge.save_judge(made["judge"], weights)
     pipe = model.load("cpu", folder=weights)
-    images = pipe("a red penguin in noto style", num_inference_steps=2, output_type="pt").images
+    images = pipe("a red penguin in flat style", num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, 64, 64)
     assert torch.isfinite(images).all()
-    text = ["a red penguin in noto style"]
+    text = ["a red penguin in flat style"]
     mine = model.Scorer(made["scorer"], tokenizer).text_features(text)
     torch.testing.assert_close(model.load_scorer("cpu", folder=weights).text_features(text), mine, atol=5e-3, rtol=0)
-    shop = Workshop(tmp_path / "fresh", weights, resume=False)
-    assert shop.started()
+    shop = Workshop(tmp_path / "later", weights)
     assert shop.vae().config.scaling_factor == pytest.approx(decoder.config.scaling_factor)

@@ -1,8 +1,8 @@
-"""Render the sprite atlas that the package ships, from the three emoji sets.
+"""Render the sprite atlas that the package ships, from the Twemoji set.
 
-``python -m fasttrace.zoo.emoji.atlas FOLDER`` reads ``FOLDER/<set>/package/{icons,chars,info}.json`` (the unpacked npm
-packages ``@iconify-json/<set>``), renders each drawing at two sizes with resvg and writes ``atlas.png`` and
-``atlas.json`` beside this file. Nothing else in the project needs the packages: training and evaluation read the atlas.
+``python -m fasttrace.zoo.emoji.atlas FOLDER`` reads ``FOLDER/{icons,chars,info,package}.json`` (the unpacked npm
+package ``@iconify-json/twemoji``), renders each drawing at two sizes with resvg and writes ``atlas.png`` and
+``atlas.json`` beside this file. Nothing else in the project needs the package: training and evaluation read the atlas.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 from PIL import Image
 
 HERE = Path(__file__).parent
-SETS = {"noto style": "noto", "twemoji style": "twemoji", "fluent style": "fluent-emoji-flat"}
 SIZES = (48, 32)
 
-# Chosen for a distinct silhouette that is much the same in the three sets, for more than one hue, so that a tinted
-# drawing differs from an untinted one, and for a look that changes when it is turned upside down.
+# Chosen for a distinct silhouette, for more than one hue, so that a tinted drawing differs from an untinted one, and
+# for a look that changes with every quarter turn.
 OBJECTS = {
     "mushroom": "1f344",
     "sunflower": "1f33b",
@@ -38,7 +37,7 @@ OBJECTS = {
     "hamburger": "1f354",
     "robot": "1f916",
     "guitar": "1f3b8",
-    "traffic light": "1f6a6",
+    "cactus": "1f335",
     "carrot": "1f955",
     "pineapple": "1f34d",
     "cherries": "1f352",
@@ -75,40 +74,31 @@ def sprite(body: str, width: int, height: int, size: int) -> Image.Image:
 
 
 def build(folder: Path, out: Path = HERE) -> None:
-    """Write ``atlas.png`` (a row per object; per set the large, then the small sprite) and ``atlas.json``."""
-    column = sum(SIZES)
-    atlas = Image.new("RGBA", (column * len(SETS), SIZES[0] * len(OBJECTS)))
-    credits_: list[dict[str, str]] = []
-    for j, (style, name) in enumerate(SETS.items()):
-        package = folder / name / "package"
-        info = json.loads((package / "info.json").read_text())
-        version = json.loads((package / "package.json").read_text())["version"]
-        credits_.append(
-            {
-                "style": style,
-                "package": f"@iconify-json/{name}",
-                "version": version,
-                "title": info["name"],
-                "author": info["author"]["name"],
-                "author_url": info["author"]["url"],
-                "license": info["license"]["spdx"],
-                "license_url": info["license"]["url"],
-            }
-        )
-        for i, codepoint in enumerate(OBJECTS.values()):
-            body, width, height = drawing(package, codepoint)
-            x = column * j
-            for size in SIZES:
-                atlas.paste(sprite(body, width, height, size), (x, SIZES[0] * i))
-                x += size
+    """Write ``atlas.png`` (a row per object: the large, then the small sprite) and ``atlas.json``."""
+    atlas = Image.new("RGBA", (sum(SIZES), SIZES[0] * len(OBJECTS)))
+    for i, codepoint in enumerate(OBJECTS.values()):
+        body, width, height = drawing(folder, codepoint)
+        for x, size in zip((0, SIZES[0]), SIZES, strict=True):
+            atlas.paste(sprite(body, width, height, size), (x, SIZES[0] * i))
     atlas.save(out / "atlas.png", optimize=True)
-    table = {"objects": OBJECTS, "styles": SETS, "sizes": SIZES, "credits": credits_}
+    info = json.loads((folder / "info.json").read_text())
+    package = json.loads((folder / "package.json").read_text())
+    source = {
+        "package": package["name"],
+        "version": package["version"],
+        "title": info["name"],
+        "author": info["author"]["name"],
+        "author_url": info["author"]["url"],
+        "license": info["license"]["spdx"],
+        "license_url": info["license"]["url"],
+    }
+    table = {"objects": OBJECTS, "sizes": SIZES, "credit": source}
     (out / "atlas.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folder", type=Path, help="holds noto/, twemoji/ and fluent-emoji-flat/, unpacked")
+    parser.add_argument("folder", type=Path, help="the package, unpacked")
     build(parser.parse_args().folder)
 
 

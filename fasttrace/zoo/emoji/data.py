@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .styles import LUMINANCE, STYLES
+
 HERE = Path(__file__).parent
 SIDE = 64
 NO_COLOUR = "natural"  # a class of the judge; never a word of a caption
@@ -31,14 +33,15 @@ TINTS = {
     "purple": (140, 52, 200),
     "gray": (120, 120, 124),
 }
+NATURAL_INK = np.asarray((0.12, 0.12, 0.14), np.float32)
 GROUNDS = {"snow": (247, 250, 252), "sand": (232, 205, 150), "grass": (150, 205, 128), "slate": (44, 54, 72)}
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "object": tuple(_TABLE["objects"]),
-    "style": tuple(_TABLE["styles"]),
+    "style": tuple(STYLES),
     "colour": (NO_COLOUR, *TINTS),
     "count": ("one", "two", "three"),
     "background": tuple(GROUNDS),
-    "pose": ("upright", "upside down"),
+    "pose": ("upright", "tipped left", "upside down", "tipped right"),  # by quarter turns, counterclockwise
 }
 NAMES = tuple(ATTRIBUTES)
 SIZES = tuple(len(values) for values in ATTRIBUTES.values())
@@ -108,10 +111,10 @@ def all_scenes() -> Iterator[Scene]:
 # Value pairs that training never sees together, for the pairs of attributes with few values; those with the object
 # are drawn below. Spread so that no single value loses most of its scenes.
 _HELD_OUT = {
-    ("style", "colour"): ("noto style", "purple"),
-    ("style", "count"): ("twemoji style", "three"),
-    ("style", "background"): ("noto style", "grass"),
-    ("style", "pose"): ("fluent style", "upside down"),
+    ("style", "colour"): ("flat style", "purple"),
+    ("style", "count"): ("outline style", "three"),
+    ("style", "background"): ("striped style", "grass"),
+    ("style", "pose"): ("mosaic style", "upside down"),
     ("colour", "count"): ("gray", "one"),
     ("colour", "background"): ("yellow", "slate"),
     ("colour", "pose"): ("blue", "upside down"),
@@ -205,13 +208,15 @@ def _unit(rgb: tuple[int, int, int]) -> NDArray[np.float32]:
 
 @cache
 def _sprite(obj: int, style: int, colour: int, pose: int, side: int) -> NDArray[np.float32]:
-    """[side, side, 4] straight RGBA in [0, 1], tinted and turned."""
-    large, small = _TABLE["sizes"]
-    x = (large + small) * style + (0 if side == large else large)
+    """[side, side, 4] straight RGBA in [0, 1]: tinted, turned, and then drawn in the style."""
+    large, _ = _TABLE["sizes"]
+    x = 0 if side == large else large
     rgba = _atlas()[large * obj : large * obj + side, x : x + side].copy()
+    ink = NATURAL_INK
     if colour:
-        rgba[..., :3] = _tint(rgba, _unit(TINTS[ATTRIBUTES["colour"][colour]]))
-    return rgba[::-1, ::-1] if pose else rgba
+        tint = _unit(TINTS[ATTRIBUTES["colour"][colour]])
+        rgba[..., :3], ink = _tint(rgba, tint), tint * np.float32(0.7)
+    return STYLES[ATTRIBUTES["style"][style]](np.rot90(rgba, pose), ink)
 
 
 def _tint(rgba: NDArray[np.float32], tint: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -219,7 +224,7 @@ def _tint(rgba: NDArray[np.float32], tint: NDArray[np.float32]) -> NDArray[np.fl
 
     Luminance is first stretched so that every drawing uses the same range, else a white one would show no tint.
     """
-    light = rgba[..., :3] @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    light = rgba[..., :3] @ LUMINANCE
     low, high = np.percentile(light[rgba[..., 3] > 0.5], (5, 95))
     level = np.clip((light - low) / max(high - low, 0.1), 0, 1)[..., None] * 0.6 + 0.2
     shaded = np.where(level < 0.5, tint * (0.4 + 1.2 * level), tint + (1 - tint) * (level - 0.5) * 1.8)

@@ -1,11 +1,12 @@
 """Train the packaged model: ``python -m fasttrace.zoo.emoji.train [--stage ...] [--work DIR] [--resume]``.
 
-The stages, each of which reads what the ones before it left in the work folder, or else the committed weights:
+The stages, each of which goes on from what the ones before it left in the work folder, or else from the committed
+weights, or with ``--fresh`` from random ones:
 
 ========  ==============================================================================================
-vae       the autoencoder, from nothing
-scorer    both CLIP towers, from nothing; the text tower is the pipeline's text encoder from then on
-unet      the denoiser on the frozen autoencoder and text encoder; goes on from the committed one
+vae       the autoencoder
+scorer    both CLIP towers; the text tower is the pipeline's text encoder from then on
+unet      the denoiser, on the frozen autoencoder and text encoder
 decoder   the autoencoder's decoder alone, latents frozen
 image     the scorer's image tower alone, text tower frozen
 judge     the judge, on renderings
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ...errors import ModelError
 from . import architecture, judge, model, train_scorer, train_unet, train_vae
 from .tokenizer import build_tokenizer
 from .training import save_tensors, strip
@@ -35,8 +37,8 @@ MINUTES = {"vae": 20.0, "scorer": 15.0, "unet": 100.0, "decoder": 20.0, "image":
 class Workshop:
     """The components as they stand: the work folder's where it has them, else the committed ones."""
 
-    def __init__(self, work: Path, weights: Path, resume: bool) -> None:
-        self.work, self.weights, self.resume = work, weights, resume
+    def __init__(self, work: Path, weights: Path, *, resume: bool = False, fresh: bool = False) -> None:
+        self.work, self.weights, self.resume, self.fresh = work, weights, resume, fresh
         work.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer(work / "tokenizer")
         self._pipe: Any = None
@@ -70,7 +72,13 @@ class Workshop:
     def clip(self) -> Any:
         state = self._done("clip")
         if state is None:
-            return model.load_scorer("cpu", folder=self.weights).clip
+            clip = model.load_scorer("cpu", folder=self.weights).clip
+            if (known := clip.config.text_config.vocab_size) != len(self.tokenizer):
+                raise ModelError(
+                    f"the committed text encoder knows {known} tokens and the captions have {len(self.tokenizer)}; "
+                    "train the scorer from random weights: --stage scorer --fresh"
+                )
+            return clip
         clip = architecture.clip(len(self.tokenizer), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         clip.load_state_dict(state)
         return clip.eval()
@@ -88,12 +96,14 @@ class Workshop:
         """One stage; its result goes to the work folder."""
         options = {"resume": self.resume, **options}
         if stage == "vae":
-            self.keep_vae(train_vae.train(self.work, minutes, **options))
+            start = None if self.fresh else self.vae()
+            self.keep_vae(train_vae.train(self.work, minutes, start=start, **options))
         elif stage == "decoder":
             folder = self.work / "decoder"
             self.keep_vae(train_vae.train(folder, minutes, start=self.vae(), decoder_only=True, **options))
         elif stage == "scorer":
-            self.keep("clip", train_scorer.train(self.tokenizer, self.work, minutes, **options))
+            start = None if self.fresh else self.clip()
+            self.keep("clip", train_scorer.train(self.tokenizer, self.work, minutes, start=start, **options))
         elif stage == "image":
             folder = self.work / "image"
             start = self.clip()
@@ -102,17 +112,12 @@ class Workshop:
             )
         elif stage == "unet":
             cache = train_unet.build_cache(self.vae(), model.text_encoder_of(self.clip()), self.tokenizer)
-            start = self.unet() if self.started() else None
+            start = None if self.fresh else self.unet()
             self.keep("unet", train_unet.train(cache, self.work, minutes, start=start, **options))
         elif stage == "judge":
             self.keep("judge", judge.train(self.work, minutes, **options))
         else:
             self.export()
-
-    def started(self) -> bool:
-        """Whether there is a denoiser that has learnt the present latents and text states."""
-        changed = any((self.work / f"{name}.done.safetensors").exists() for name in ("vae", "clip"))
-        return (self.work / "unet.safetensors").exists() or not changed
 
     def export(self) -> None:
         model.export(self.clip(), self.vae(), self.unet(), self.tokenizer, self.weights)
@@ -130,12 +135,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "fasttrace" / "emoji")
     parser.add_argument("--weights", type=Path, default=model.WEIGHTS, help="folder to start from and to export to")
     parser.add_argument("--resume", action="store_true", help="go on from the work folder's checkpoint")
+    parser.add_argument("--fresh", action="store_true", help="start from random weights")
+    parser.add_argument("--compile", action="store_true", help="run the denoiser through torch.compile")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    workshop = Workshop(arguments.work, arguments.weights, arguments.resume)
+    workshop = Workshop(arguments.work, arguments.weights, resume=arguments.resume, fresh=arguments.fresh)
     for stage in [*MINUTES, "export"] if arguments.stage == "all" else [arguments.stage]:
-        workshop.run(stage, arguments.minutes or MINUTES.get(stage, 0.0))
+        options = {"compiled": True} if stage == "unet" and arguments.compile else {}
+        workshop.run(stage, arguments.minutes or MINUTES.get(stage, 0.0), **options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import architecture
+from . import architecture, symmetry
 from .data import NAMES, SIZES, Scene, is_held_out, random_caption, training_scenes
 from .muon import Muon
 from .tokenizer import MAX_LENGTH
@@ -59,11 +59,14 @@ def group(scene: Scene, rng: random.Random) -> list[Scene]:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Shift by up to 2 pixels, blur some, add a little noise: generated pictures are not as clean as rendered ones."""
-    shift = [int(torch.randint(-2, 3, ())) for _ in range(2)]
-    images = images.roll(shift, dims=(2, 3))
+    """Shift by up to 2 pixels, blur two in three, add a little noise: what is drawn is less clean than a rendering.
+
+    Each picture has a shift of its own: batch normalisation would learn one that a batch shares from its statistics.
+    """
+    shifts = torch.randint(-2, 3, (len(images), 2)).tolist()
+    images = torch.stack([image.roll(shift, (1, 2)) for image, shift in zip(images, shifts, strict=True)])
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    images = torch.lerp(images, blurred, torch.rand(len(images), 1, 1, 1))
+    images = torch.lerp(images, blurred, (1.5 * torch.rand(len(images), 1, 1, 1) - 0.5).clamp(min=0))
     return images + torch.randn_like(images) * 0.1 * torch.rand(len(images), 1, 1, 1)
 
 
@@ -95,6 +98,8 @@ def train(
     clip = start or architecture.clip(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     clip.set_attn_implementation("eager")  # its backward pass is several times as fast on a CPU
     model = Towers(clip.requires_grad_(True)).train()
+    symmetry.impose(clip.vision_model)
+    symmetry.keep(clip.vision_model)
     if image_only:
         clip.text_model.requires_grad_(False)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -114,5 +119,6 @@ def train(
             loss = model(ids, images, labels)
         loop.backward(loss)
     loop.load_average()
+    symmetry.impose(clip.vision_model)
     clip.set_attn_implementation("sdpa")
     return clip.eval().requires_grad_(False)
