@@ -26,6 +26,7 @@ PROVENANCE = ("date", "commit", "machine", "threads", "versions")
 TITLES = {
     "text": ("Text encoder sweep", "python -m bench.bench_text"),
     "unet": ("UNet sweep", "python -m bench.bench_unet"),
+    "unet_floor": ("Where a UNet row's time goes", "python -m bench.bench_unet_floor"),
     "pictures": ("Text sweep to pictures", "python -m bench.bench_pictures"),
     "edit": ("Closed-form edits", "python -m bench.bench_edit"),
     "backends": ("Backends beside their libraries", "python -m bench.bench_backends"),
