@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from . import record
 
-SUITES = ("text", "unet", "pictures", "edit", "backends", "planner", "scaling")
+SUITES = ("text", "unet", "unet_floor", "pictures", "edit", "backends", "planner", "scaling")
 QUICK: dict[str, list[str]] = {
     "text": ["float32", "quick"],
     "unet": ["hooks"],
