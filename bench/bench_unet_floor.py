@@ -1,6 +1,6 @@
 """Where a UNet row's time goes, by kind of operation, and what remains if only its products took time.
 
-python -m bench.bench_unet_floor
+    python -m bench.bench_unet_floor
 
 Bare is one eager call of the UNet in channels-last, in its best batch; compiled is the free sweep of `bench.bench_unet`
 with ``compile=True``, by the forward. The floor is every product at the best rate that this machine showed here, and

@@ -47,6 +47,7 @@ class CompiledUNet:
     def __init__(self, model: Model, shapes: dict[str, tuple[int, ...]], mode: str | None) -> None:
         self._model, self._shapes = model, shapes
         forget(model.unet)
+        weakref.finalize(self, forget, model.unet)  # the graphs stay, a second set of weights does not
         kept = _graphs.setdefault(model.unet, {})
         if mode not in kept:
             kept[mode] = torch.compile(_graph(model.unet), dynamic=False, mode=mode)

@@ -1,7 +1,8 @@
 """Convolutions and linear layers of compiled calls on a CPU, on weights that oneDNN has laid out once a trace.
 
 Without that every call lays them out again. The operators read the shadow's own weights, as graph inputs like any
-other, and keep the laid-out copies beside them; `forget` drops those when a trace begins, so an edit is followed.
+other, and keep the laid-out copies beside them; `forget` drops those when a trace begins, so that an edit is followed,
+and when it ends.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fasttrace as ft
-from fasttrace.engine import unet_compile
+from fasttrace.engine import unet_compile, unet_packed
 from tests.engine.unet_cases import both, difference, unet_sites
 
 
@@ -65,6 +65,14 @@ def test_products_are_on_packed_weights_that_follow_edits(traced: list[Any]) -> 
     assert "fasttrace.packed_convolution.default" in targets
     assert "fasttrace.packed_linear.default" in targets
     assert not any("conv2d" in target or "function linear" in target for target in targets)
+
+
+def test_no_second_set_of_weights_outlives_a_trace(traced: list[Any]) -> None:
+    pipe = ft.zoo.random_pipeline("tiny-sd15")
+    before = len(unet_packed._packed)
+    both(pipe, [ft.Patch(unet_sites(pipe)[3])], compile=True, num_inference_steps=2)
+    assert len(traced) == 1
+    assert len(unet_packed._packed) == before
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
