@@ -97,6 +97,48 @@ def test_a_pose_is_a_quarter_turn() -> None:
             assert np.array_equal(data.render(turned), np.rot90(data.render(upright), turns))
 
 
+def drawn(scene: data.Scene) -> np.ndarray:
+    side = 48 if scene.values["count"] == "one" else 32
+    return data._sprite(scene.object, scene.style, scene.colour, scene.pose, side)
+
+
+def beside(plane: np.ndarray) -> list[np.ndarray]:
+    """The four neighbours of every pixel that has four; the margin of a sprite is empty."""
+    return [np.roll(plane, step, axis) for axis in (0, 1) for step in (1, -1)]
+
+
+def ends_here(sprite: np.ndarray) -> np.ndarray:
+    """Pixels that cover two thirds more than one beside them."""
+    alpha: np.ndarray = sprite[..., 3]
+    return alpha - np.min(beside(alpha), axis=0) > 0.67
+
+
+def is_even_here(sprite: np.ndarray) -> np.ndarray:
+    """Drawn pixels whose neighbours are drawn and as light as they."""
+    alpha, light = sprite[..., 3], sprite[..., :3] @ data.LUMINANCE * sprite[..., 3]
+    steps = np.max([np.abs(light - other) for other in beside(light)], axis=0)
+    return (alpha > 0.999) & (np.min(beside(alpha), axis=0) > 0.999) & (steps < 0.11)
+
+
+def test_styles_do_what_they_say() -> None:
+    for scene in some_scenes(20):
+        flat, outline, mosaic, striped = (drawn(scene.change("style", i)) for i in range(4))
+        edge, even = ends_here(flat), is_even_here(flat)
+        tint = data.TINTS.get(scene.values["colour"])
+        ink = data.NATURAL_INK if tint is None else np.asarray(tint, np.float32) / 255 * np.float32(0.7)
+        assert edge.any()
+        np.testing.assert_allclose(outline[edge][:, :3], np.broadcast_to(ink, (edge.sum(), 3)), atol=1e-6)
+        np.testing.assert_allclose(outline[even][:, :3], 1 - 0.2 * (1 - flat[even][:, :3]), atol=1e-6)
+        assert np.array_equal(outline[..., 3], flat[..., 3])
+        assert np.array_equal(striped[..., 3], flat[..., 3])
+        tiles = mosaic.reshape(len(mosaic) // 4, 4, len(mosaic) // 4, 4, 4)
+        assert np.array_equal(tiles, np.broadcast_to(tiles[:, :1, :, :1], tiles.shape))
+        assert set(np.unique(mosaic[..., 3])) == {0, 1}
+        light = np.arange(len(flat)) // 4 % 2 == 0
+        assert (striped[light] >= flat[light] - 1e-6).all()
+        assert (striped[~light] <= flat[~light] + 1e-6).all()
+
+
 def test_a_tint_leaves_one_hue() -> None:
     for scene in some_scenes(20):
         on_snow = a_scene(**scene.values | {"background": "snow", "colour": "blue"})

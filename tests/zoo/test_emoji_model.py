@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,36 @@ def test_pictures_are_counted_under_every_pair_that_they_are_held_out_for() -> N
     assert sum(row["pose"][1] for row in table.values()) == sum(len(data.broken_pairs(scene)) for scene in scenes)
     turned = [s for s in scenes if s.values["count"] == "two" and s.values["pose"] == "upside down"]
     assert table["two, upside down"]["pose"][1] == len(turned) > 0
+
+
+def test_the_autoencoder_alone_is_judged_by_what_it_loses() -> None:
+    def vae(loss: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x)),
+            decode=lambda z: SimpleNamespace(sample=z * (1 - loss)),
+        )
+
+    reader = emoji.load_judge("cpu")
+    exact, dim, gone = (evaluate.autoencoder_table(vae(loss), reader, 60) for loss in (0.0, 0.1, 1.0))
+    for style in data.ATTRIBUTES["style"]:
+        assert exact["psnr"][style] == float("inf") > dim["psnr"][style] > gone["psnr"][style] > 0
+    assert exact["read"]["object"][0] > 55 > gone["read"]["object"][0]
+    kept = evaluate.autoencoder_table(emoji.load("cpu").vae, reader, 60)
+    assert min(kept["psnr"].values()) > 18
+
+
+def test_the_report_has_every_share_with_its_interval() -> None:
+    shares = {name: (80 + i, 100) for i, name in enumerate(data.NAMES)}
+    found = {
+        **dict.fromkeys(("held_out", "trained", "judge", "clip"), shares),
+        "held_out_pairs": {"two, upside down": shares},
+        "autoencoder": {"psnr": {"flat style": 28.06}, "read": shares},
+    }
+    lines = evaluate.report(found).splitlines()
+    assert "| object | 80.0% | 71.1% to 86.7% | 85% | 80.0% | 80.0% | 80.0% | 71.1% to 86.7% |" in lines
+    assert len({line.count("|") for line in lines[: 2 + len(data.NAMES)]}) == 1
+    assert "| two, upside down | 100 | 80% | 81% | 82% | 83% | 84% | 85% |" in lines
+    assert "28.1 dB in flat style" in lines[-1]
 
 
 def test_a_changed_value_changes_one_attribute_and_never_to_no_colour() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fasttrace.errors import ModelError
 from fasttrace.zoo.emoji import architecture, data, judge, model, train_scorer, train_unet, train_vae
 from fasttrace.zoo.emoji.muon import Muon, orthogonalise
 from fasttrace.zoo.emoji.tokenizer import build_tokenizer
@@ -92,6 +93,43 @@ def test_orthogonalised_updates_have_singular_values_near_one(shape: tuple[int, 
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
     assert values.min() > 0.5
     assert values.max() < 1.4
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_stages_go_on_from_the_committed_weights_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    shop, starts = Workshop(tmp_path, model.WEIGHTS, fresh=fresh), {}
+    made = {"vae": shop.committed.vae, "scorer": architecture.clip(700, 1, 2), "unet": shop.committed.unet}
+    for name, module in (("vae", train_vae), ("scorer", train_scorer), ("unet", train_unet)):
+
+        def train(*args: Any, start: Any = None, name: str = name, **options: Any) -> Any:
+            starts[name] = start
+            return made[name]
+
+        monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(train_unet, "build_cache", lambda *args: None)
+    for name in ("unet", "vae", "scorer"):
+        shop.run(name, 1)
+        assert (starts[name] is None) == fresh
+    if not fresh:
+        committed, given = (clip.text_model.state_dict() for clip in (model.load_scorer("cpu").clip, starts["scorer"]))
+        assert all(torch.equal(value, committed[key]) for key, value in given.items())
+
+
+def test_a_text_encoder_of_other_captions_is_refused(tmp_path: Path) -> None:
+    shop = Workshop(tmp_path, model.WEIGHTS)
+    shop.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ModelError, match=r"knows 722 tokens and the captions have 723.*--fresh"):
+        shop.run("scorer", 1)
+
+
+def test_pictures_of_a_batch_are_shifted_apart() -> None:
+    dots = torch.zeros(40, 3, 16, 16)
+    dots[:, :, 8, 8] = 9.0
+    places = {int(image.sum(0).argmax()) for image in train_scorer.augment(dots)}
+    assert len(places) > 5
+    assert all(abs(place // 16 - 8) <= 2 and abs(place % 16 - 8) <= 2 for place in places)
 
 
 @pytest.mark.usefixtures("few_scenes")

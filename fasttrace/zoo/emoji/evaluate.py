@@ -1,7 +1,8 @@
 """Measure the packaged model: ``python -m fasttrace.zoo.emoji.evaluate [--out DIR]``.
 
-Every number carries a 95% interval: Wilson's for shares, on pictures of captions whose combination of attributes was
-held out of training. The judge reads the pictures; how well it reads renderings that it has not seen stands beside.
+Both shares that the model has to reach, of pictures read as their caption says and of captions preferred by the scorer,
+are on combinations of attributes that were held out of training, and carry Wilson's 95% interval. The judge reads the
+pictures; how well it reads renderings that it has not seen stands beside.
 """
 
 from __future__ import annotations
@@ -73,6 +74,25 @@ def pair_table(
     }
 
 
+@torch.no_grad()
+def autoencoder_table(vae: Any, reader: judging.Judge, number: int, seed: int = 0) -> dict[str, Any]:
+    """What the autoencoder alone leaves of held-out renderings: the most that any denoiser's pictures could show.
+
+    Returns:
+        ``psnr``: style to decibels; ``read``: attribute to how many of them the judge still reads, and all.
+    """
+    rng = random.Random(seed)
+    scenes = rng.sample(held_out_scenes(), number)
+    images = torch.from_numpy(render_all(scenes, [rng.randrange(layouts(scene)) for scene in scenes]))
+    images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts = [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in torch.split(images, 50)]
+    kept = torch.cat(parts)
+    error = ((kept - images) / 2).square().mean(dim=(1, 2, 3))
+    style = torch.tensor([scene.style for scene in scenes])
+    psnr = {name: float(-10 * error[style == i].mean().log10()) for i, name in enumerate(ATTRIBUTES["style"])}
+    return {"psnr": psnr, "read": attribute_table(reader, (kept + 1) / 2, scenes)}
+
+
 def other_value(scene: Scene, attribute: str, rng: random.Random) -> Scene:
     """The scene with one attribute changed; a colour never to or from none, so that captions differ in one word."""
     here = scene.labels[NAMES.index(attribute)]
@@ -123,20 +143,23 @@ def report(found: dict[str, Any]) -> str:
     """The tables in Markdown."""
     lines = [
         "| attribute | pictures, held out | 95% | bar | pictures, trained on | judge on renderings | "
-        "CLIP prefers the right caption |",
-        "|---|---|---|---|---|---|---|",
+        "CLIP prefers the right caption | 95% |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in NAMES:
         share = {key: found[key][name][0] / found[key][name][1] for key in ("held_out", "trained", "judge", "clip")}
-        low, high = wilson(*found["held_out"][name])
+        within = {key: "{:.1%} to {:.1%}".format(*wilson(*found[key][name])) for key in ("held_out", "clip")}
         lines.append(
-            f"| {name} | {share['held_out']:.1%} | {low:.1%} to {high:.1%} | {BARS[name]:.0%} | {share['trained']:.1%} "
-            f"| {share['judge']:.1%} | {share['clip']:.1%} |"
+            f"| {name} | {share['held_out']:.1%} | {within['held_out']} | {BARS[name]:.0%} | {share['trained']:.1%} "
+            f"| {share['judge']:.1%} | {share['clip']:.1%} | {within['clip']} |"
         )
     lines += ["", "| held-out pair | pictures | " + " | ".join(NAMES) + " |", "|---|---|" + "---|" * len(NAMES)]
     for pair, table in found["held_out_pairs"].items():
         shares = " | ".join(f"{right / total:.0%}" for right, total in table.values())
         lines.append(f"| {pair} | {table['object'][1]} | {shares} |")
+    kept = ", ".join(f"{decibels:.1f} dB in {style}" for style, decibels in found["autoencoder"]["psnr"].items())
+    read = ", ".join(f"{name} {right / total:.1%}" for name, (right, total) in found["autoencoder"]["read"].items())
+    lines += ["", f"The autoencoder alone keeps {kept}; through it the judge reads {read}."]
     if "noise" in found:
         lines += noise_check.report(found["noise"])
     return "\n".join(lines) + "\n"
@@ -173,6 +196,7 @@ def main() -> None:
         "held_out_pairs": pair_table(reader, images, scenes),
         "trained": attribute_table(reader, known, known_scenes),
         "judge": judging.accuracy(reader, judging.split()[1]),
+        "autoencoder": autoencoder_table(pipe.vae, reader, min(1000, 2 * arguments.pictures)),
         "clip": clip_preference(scorer, min(1000, 2 * arguments.pictures)),
     }
     if arguments.noise_pictures:
