@@ -14,12 +14,12 @@ from .prompts import Prompt
 from .wording import counted, number
 
 CANDIDATES = (
-    ("a mushroom in flat style", "mushroom"),
-    ("a red butterfly in outline style", "butterfly"),
-    ("a penguin in striped style", "penguin"),
-    ("a photo of a sunflower in flat style", "sunflower"),
-    ("a photo of a green tractor in striped style", "tractor"),
     ("a pizza in flat style", "pizza"),
+    ("a blue rocket in flat style", "rocket"),
+    ("a photo of a sunflower in flat style", "sunflower"),
+    ("a snowman in outline style", "snowman"),
+    ("a red house in mosaic style", "house"),
+    ("a photo of a green cactus in striped style", "cactus"),
 )
 SEEDS = 2
 
