@@ -46,11 +46,25 @@ def test_equal_in_float64(name: str, protocol: str, data: st.DataObject) -> None
 def test_float32_within_five_times_the_rounding_of_the_same_runs(data: st.DataObject) -> None:
     """Patched runs differ in how far they carry a rounding error, so it is the drawn runs' own that is measured."""
     pipe, patches, options = drawn(data, "tiny-sd15", "free", torch.float32)
-    options["latents"] = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    oracle, fast = both(pipe, patches, **options)
-    options["latents"] = options["latents"].double()
-    truth, _ = both(in_float64("tiny-sd15"), [widened(run) for run in patches], **options)
-    assert difference(oracle, fast) <= 5 * difference(truth, oracle)
+    latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    oracle, fast = both(pipe, patches, latents=latents, **options)
+    truth, _ = both(in_float64("tiny-sd15"), [widened(run) for run in patches], latents=latents.double(), **options)
+    assert difference(oracle, fast) <= 5 * max(
+        difference(truth, oracle), carried_rounding(oracle, patches, latents, options)
+    )
+
+
+def carried_rounding(oracle: Any, patches: list[Any], latents: torch.Tensor, options: dict[str, Any]) -> float:
+    """How far the float32 oracle moves when its latents do by their last bits.
+
+    A single distance to float64 may be small by luck; the largest of several is not.
+    """
+    moved = []
+    for seed in range(3):
+        last_bits = torch.randint(-2, 3, latents.shape, generator=torch.Generator().manual_seed(seed))
+        near = latents * (1 + last_bits * torch.finfo(torch.float32).eps)
+        moved.append(difference(oracle, both(tiny_pipeline("tiny-sd15"), patches, latents=near, **options)[0]))
+    return max(moved)
 
 
 @cache
