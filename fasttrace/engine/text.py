@@ -96,9 +96,9 @@ def trace_text(
         dtype: run a copy of the encoder in this dtype, such as ``torch.bfloat16``; the results have it too.
         max_rows: most packed tokens that pass through the model together; one needs about ``(10 D + F) x itemsize``
             bytes, where ``F`` is the MLP's width. Results do not depend on it.
-        attention: how the fast engine attends: ``"grouped"`` (torch's own, run by run of the same first token),
-            ``"products"`` (batched products), ``"ragged"`` (the op whose Triton kernel is compiled, not measured;
-            causal encoders), or ``None`` for the one that was quickest on such tensors. Results do not depend on it.
+        attention: how the fast engine attends: ``"grouped"`` (torch's own, once for all runs that start at a
+            token), ``"ragged"`` (the op whose Triton kernel is compiled, not measured; causal encoders), or ``None``
+            for the one that was quickest on such tensors. Results do not depend on it.
         out: where to write ``restored``, in its shape and dtype.
 
     Raises:

@@ -18,7 +18,7 @@ from .values import given_value
 
 OUTPUTS = ("last", "penultimate", "pooled")
 BASES = ("corrupted", "clean")
-ATTENTIONS = ("grouped", "products", "ragged")
+ATTENTIONS = ("grouped", "ragged")
 
 Tokens = Tensor | Sequence[int]
 

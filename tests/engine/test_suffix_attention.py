@@ -42,8 +42,7 @@ def expected(own: Heads, base: Heads, first: list[int], bias: Tensor, scale: flo
 @pytest.mark.parametrize("groups", [HEADS, 2])
 @pytest.mark.parametrize(
     ("way", "bias"),
-    [(way, bias) for way in ("grouped", "products", "ragged") for bias in ("causal", "masked", "blind")]
-    + [("grouped", "added"), ("products", "added")],
+    [(way, bias) for way in ("grouped", "ragged") for bias in ("causal", "masked", "blind")] + [("grouped", "added")],
 )
 def test_ways(way: str, bias: str, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)

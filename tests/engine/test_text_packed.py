@@ -86,7 +86,7 @@ def test_any_mix_of_patches(name: str, data: st.DataObject) -> None:
         "base": data.draw(st.sampled_from(("corrupted", "clean"))),
         "output": data.draw(st.sampled_from(("last", "penultimate", *(("pooled",) if name in CLIP else ())))),
         "attention_mask": data.draw(st.sampled_from(MASKS)),
-        "attention": data.draw(st.sampled_from((None, "products", *(() if name in T5 else ("ragged",))))),
+        "attention": data.draw(st.sampled_from((None, *(() if name in T5 else ("ragged",))))),
         "noise": noise(data.draw(seeds), data.draw(st.sampled_from(((3, 4), (0,), (2, 7), (8,))))),
     }
     assert_equal(trace(model, patches, "fast", **options), trace(model, patches, "oracle", **options))
@@ -124,7 +124,7 @@ def test_every_way_to_attend(name: str, mask: list[int] | None, monkeypatch: pyt
     cells = [ft.Patch(site, [token]) for site in part_sites(model, "text_encoder") for token in range(LENGTH)]
     oracle = trace(model, cells, "oracle", attention_mask=mask)
     monkeypatch.setattr(text_compile, "_ALIGNED", 4)
-    for attention in ("grouped", "products", *(() if name in T5 else ("ragged",))):
+    for attention in ("grouped", *(() if name in T5 else ("ragged",))):
         forget_plans()
         assert_equal(trace(model, cells, "fast", attention_mask=mask, attention=attention), oracle)
 

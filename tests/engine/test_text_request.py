@@ -62,7 +62,7 @@ def engine(request: pytest.FixtureRequest) -> str:
         ),
         (PatchError, "out is torch.float32", {"out": torch.zeros(3)}),
         (ModelError, "expected one of last, penultimate, pooled", {"output": "first"}),
-        (ModelError, "expected one of grouped, products, ragged", {"attention": "fast"}),
+        (ModelError, "expected one of grouped, ragged", {"attention": "fast"}),
         (ModelError, "clip_skip=3: expected 0 to 2", {"clip_skip": 3}),
         (ModelError, "clip_skip=1 with the pooled", {"clip_skip": 1, "output": "pooled"}),
         (ModelError, 'expected "fast" or "oracle"', {"engine": "quick"}),
