@@ -118,10 +118,11 @@ class Effects:
         """`aie`, strongest first, with what the data say about the order.
 
         Strongest is the highest in a study that restores, and the lowest in one that noises (see `direction`). Added
-        columns: ``rank`` (by ``aie``; equal values share the better one), ``rank_low`` and ``rank_high`` (the
-        bootstrap interval of the rank), and ``tied_with_first`` (the paired difference from the first group does not
-        exclude zero; with one prompt nothing can be excluded). Ranks are within each metric, and within each value of
-        the other columns that change an effect's meaning.
+        columns: ``rank`` (equal values share the better one), ``rank_low`` and ``rank_high`` (the bootstrap interval
+        of the rank), and ``tied_with_first`` (the paired difference from the first group does not exclude zero; with
+        one prompt nothing can be excluded). Ranks are within each metric, and within each value of the other columns
+        that change an effect's meaning. They are of the mean over the prompts that all these groups have, which is
+        ``aie`` unless some group has prompts that another lacks.
 
         Raises:
             StudyError: groups that share no prompt, whose order would compare prompts.
@@ -133,7 +134,7 @@ class Effects:
         for _, part in table.groupby(meaning, sort=False, dropna=False):
             sign = self.direction(part["base"].iloc[0] if "base" in part else None)
             matrix = sign * groups.common_matrix(part.index)
-            strength = sign * part["aie"]
+            strength = pd.Series(matrix.mean(1), part.index)
             order = np.argsort(-strength.to_numpy(), kind="stable")
             low, high = statistics.rank_interval(matrix, confidence, resamples, seed)
             gap = matrix[order[0]] - matrix

@@ -58,7 +58,7 @@ def join_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
         )
     record = dict(first)
     for name in grown[0] if grown else ():
-        record[name] = _union(first.get(name), second.get(name))
+        record[name] = (_joined_steps if name == "steps" else _union)(first.get(name), second.get(name))
     if grown and grown[0][0] == "prompts":
         record["prompts"] = _joined_prompts(first, second, record["seeds"])
     for name in _CIRCUMSTANCES[1:]:
@@ -72,6 +72,22 @@ def _union(first: Any, second: Any) -> Any:
         return first
     lists = [value if isinstance(value, list) else [value] for value in (first, second)]
     return lists[0] + [value for value in lists[1] if value not in lists[0]]
+
+
+def _joined_steps(first: Any, second: Any) -> list[Any]:
+    """Sets of steps of both, where a list of indices is one set."""
+    sets: list[Any] = []
+    for steps in (first, second):
+        whole = not isinstance(steps, list) or all(isinstance(step, int) for step in steps)
+        sets += [one for one in ([steps] if whole else steps) if one not in sets]
+    spans = [(min(one), max(one)) for one in sets if isinstance(one, list) and one]
+    twice = next((span for span in spans if spans.count(span) > 1), None)
+    if twice is not None:
+        raise StudyError(
+            f"cannot join: both have steps from {twice[0]} to {twice[1]}, but not the same ones between; a table could "
+            "not tell them apart"
+        )
+    return sets
 
 
 def _joined_prompts(first: Mapping[str, Any], second: Mapping[str, Any], seeds: list[int]) -> list[Any]:

@@ -105,6 +105,15 @@ def test_equal_effects_share_a_rank():
     assert Effects(pd.DataFrame(rows), {}).rank()["rank"].tolist() == [1, 1, 3]
 
 
+def test_a_prompt_that_only_some_groups_have_does_not_rank_them():
+    """A site traced on an easy prompt too is not stronger for it."""
+    first, second = unet_sites()[:2]
+    rows = [row(p, 0, site, e) for p in range(3) for site, e in ((first, 1.0), (second, 2.0))]
+    ranked = Effects(pd.DataFrame([*rows, row(3, 0, first, 100.0)]), {}).rank()
+    assert ranked[["site", "rank"]].values.tolist() == [[second.name, 1], [first.name, 2]]
+    assert ranked["aie"].tolist() == [2.0, pytest.approx(103 / 4)]
+
+
 def test_ranks_of_groups_without_a_common_prompt_are_refused():
     first, second = unet_sites()[:2]
     effects = Effects(pd.DataFrame([row(0, 0, first, 1.0), row(1, 0, second, 1.0)]), {})
@@ -204,6 +213,20 @@ def test_join_refuses_other_settings_and_gaps():
         effects.join(Effects(effects.table, {**RECORD, "seeds": [5], "sites": "text"}))
     record = effects.join(Effects(effects.table, {**RECORD, "sites": ["text"], "versions": {}})).record
     assert record["sites"] == ["unet", "text"]
+
+
+def test_join_keeps_sets_of_steps_apart():
+    effects = Effects(unet_effects(prompts=1, seeds=1).table, RECORD)
+
+    def steps_of(first, second):
+        records = [{**RECORD, "steps": steps} for steps in (first, second)]
+        return Effects(effects.table, records[0]).join(Effects(effects.table, records[1])).record["steps"]
+
+    assert steps_of([0, 1], [2, 3]) == [[0, 1], [2, 3]]
+    assert steps_of([[0, 1], [2, 3]], [[2, 3], [4]]) == [[0, 1], [2, 3], [4]]
+    assert steps_of(None, [4]) == [None, [4]]
+    with pytest.raises(StudyError, match="both have steps from 0 to 9"):
+        steps_of([0, 5, 9], [[0, 4, 9]])
 
 
 def test_save_and_load_give_the_same_table(tmp_path):

@@ -140,8 +140,9 @@ def edited_states(pipe: Any, edits: Sequence[Edit | None], prompt: str, max_batc
         max_batch: rows at once.
 
     Raises:
-        EditError: no edits, or an edit for another model.
+        EditError: no edits, an edit for another model, or ``max_batch`` below 1.
     """
+    _checked_batch(max_batch)
     if not edits:
         raise EditError("expected at least one edit; None stands for the unedited model")
     order = sorted(range(len(edits)), key=lambda i: _text_names(edits[i]))
@@ -161,6 +162,11 @@ def edited_states(pipe: Any, edits: Sequence[Edit | None], prompt: str, max_batc
                 parts.append(text_states(pipe, [prompt] * (1 if fans_out else len(chunk))))
     states = torch.cat(parts)
     return states[torch.argsort(torch.tensor(indices)).to(states.device)]
+
+
+def _checked_batch(max_batch: int) -> None:
+    if max_batch < 1:
+        raise EditError(f"max_batch={max_batch}: expected at least 1 row at once")
 
 
 def _text_names(edit: Edit | None) -> tuple[str, ...]:
@@ -184,8 +190,10 @@ def edited_pictures(
     Both branches of guidance run under the row's edit, as they would with the edit in the weights.
 
     Raises:
-        EditError: no edits, or a pipeline with added conditions (SDXL), whose pooled text is not followed row by row.
+        EditError: no edits, ``max_batch`` below 1, or a pipeline with added conditions (SDXL), whose pooled text is not
+            followed row by row.
     """
+    _checked_batch(max_batch)
     if needs_added(pipe):
         raise EditError("edited_pictures: SDXL's pooled text is not followed row by row; apply the edits one at a time")
     conditional = edited_states(pipe, edits, prompt)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.restore import KEEP, restore
-from .unet_forward import CallInputs, Model, Texts, flat_forward
+from .unet_forward import CallInputs, Model, Texts, flat_forward, time_states
 from .unet_packed import forget, with_packed_products
 from .unet_patch import given_table
 from .unet_plan import BUCKET, CallPlan, Round
@@ -62,15 +62,14 @@ class CompiledUNet:
             self._dense[plan] = self._maps(plan, padded), self._banks(plan, inputs)
         maps, banks = self._dense[plan]
         taken = torch.arange(padded, device=inputs.text.device).clamp(max=rows - 1)
-        texts = self._model.texts
+        inputs = CallInputs(inputs.sample[taken], inputs.timestep, inputs.text[taken])
         with cache_folder(), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
             output = self._graph(
-                inputs.sample[taken].contiguous(memory_format=torch.channels_last),
-                inputs.timestep,
-                inputs.text[taken],
-                (texts.embeds, texts.pooled, texts.time_ids),
+                inputs.sample.contiguous(memory_format=torch.channels_last),
+                inputs.text,
+                time_states(self._model, inputs),
+                self._model.texts.embeds,
                 self._model.keys,
-                self._model.guidance,
                 maps,
                 banks,
             )
@@ -123,11 +122,10 @@ def _graph(unet: Any) -> Graph:
 
     def graph(
         sample: Tensor,
-        timestep: Tensor,
         text: Tensor,
-        texts: tuple[Tensor, Tensor | None, Tensor | None],
+        time: Tensor,
+        embeds: Tensor,
         keys: dict[str, tuple[Tensor, Tensor]],
-        guidance: Tensor | None,
         maps: Maps,
         banks: Banks,
     ) -> Tensor:
@@ -136,8 +134,8 @@ def _graph(unet: Any) -> Graph:
                 value = from_positions(restore(to_positions(value), codes, banks.get(site)), value)
             return value
 
-        model = Model(unet, units, Texts(*texts), keys, guidance, False)
-        return flat_forward(model, CallInputs(sample, timestep, text), at_site, Joins(), {})
+        model = Model(unet, units, Texts(embeds, None, None), keys, None, False)
+        return flat_forward(model, sample, text, time, at_site, Joins(), {})
 
     return graph
 

@@ -90,35 +90,43 @@ def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, tr
             return value
         return patch_site(value.clone() if model.observed else value, site, here, cache)
 
-    return flat_forward(model, inputs, at_site, plan.joins, trail)
+    return flat_forward(model, inputs.sample, inputs.text, time_states(model, inputs), at_site, plan.joins, trail)
 
 
-def flat_forward(model: Model, inputs: CallInputs, at_site: AtSite, joins: Joins, trail: Trail) -> Tensor:
+def time_states(model: Model, inputs: CallInputs) -> Tensor:
+    """``[1 or B, E]``: timestep, guidance and added conditions as resnets read them.
+
+    Never part of a compiled graph, whose sines would differ from diffusers' in their last float32 bits.
+    """
+    unet, one = model.unet, inputs.sample.new_empty(1)
+    time: Tensor = unet.time_embedding(unet.get_time_embed(sample=one, timestep=inputs.timestep), model.guidance)
+    extra = unet.get_aug_embed(
+        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(inputs.text)
+    )
+    if extra is not None:
+        time = time + extra
+    return time if unet.time_embed_act is None else unet.time_embed_act(time)
+
+
+def flat_forward(
+    model: Model, sample: Tensor, text: Tensor, time: Tensor, at_site: AtSite, joins: Joins, trail: Trail
+) -> Tensor:
     """The units one after another; what diffusers' ``UNet2DConditionModel.forward`` does around its blocks.
 
     A call without rows at its beginning begins at the first site where some enter.
     """
-    unet, text, units = model.unet, inputs.text, model.units or []
-    one = inputs.sample.new_empty(1)
-    time = unet.time_embedding(unet.get_time_embed(sample=one, timestep=inputs.timestep), model.guidance)
-    extra = unet.get_aug_embed(
-        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(text)
-    )
-    if extra is not None:
-        time = time + extra
-    if unet.time_embed_act is not None:
-        time = unet.time_embed_act(time)
+    unet, units = model.unet, model.units or []
     multiple = 2**unet.num_upsamplers
-    begins = not inputs.sample.shape[0]
+    begins = not sample.shape[0]
     first = next(place for place, unit in enumerate(units) if unit.site in joins.entering) if begins else 0
     stream = Stream(
-        x=inputs.sample if begins else unet.conv_in(inputs.sample),
+        x=sample if begins else unet.conv_in(sample),
         time=time,
         text=text,
         keys=model.keys,
         embeds=model.texts.embeds,
         at_site=at_site,
-        resize=any(side % multiple for side in inputs.sample.shape[2:]),
+        resize=any(side % multiple for side in sample.shape[2:]),
         joins=joins,
         trail=trail,
         skips=[None] * sum(unit.keeps for unit in units[:first]),

@@ -108,3 +108,7 @@ def test_bad_input(tiny_sd15: Any, tiny_sdxl: Any) -> None:
         edited_states(tiny_sd15, [], PROMPT)
     with pytest.raises(EditError, match="SDXL"):
         edited_pictures(tiny_sdxl, [edit], PROMPT, 0)
+    with pytest.raises(EditError, match="max_batch=0"):
+        edited_states(tiny_sd15, [edit], PROMPT, max_batch=0)
+    with pytest.raises(EditError, match="max_batch=-1"):
+        edited_pictures(tiny_sd15, [edit], PROMPT, 0, max_batch=-1)
