@@ -106,9 +106,12 @@ def test_half_precision_larger_than_a_block(check):
     check(rank_update(*given), given)
 
 
-def test_precision_does_not_fade_with_the_rank(check):
-    given = problem(torch.float32, [(64, 3072, 300)])
-    check(rank_update(*given), given)
+def test_precision_fades_no_faster_than_a_sum_must(assert_close):
+    rank = 300
+    given = problem(torch.float32, [(64, 3072, rank)])
+    # A BLAS may add the terms one by one; their roundings of half an eps then add up like a random walk.
+    limit = torch.finfo(torch.float32).eps / 2 * rank**0.5
+    assert_close(rank_update(*given)[0], truth(*given)[0], limit)
 
 
 @pytest.mark.parametrize("kind", ["new", "out", "inplace"])
