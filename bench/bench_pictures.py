@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fasttrace as ft
-from fasttrace.metrics import RunBatch
+from fasttrace.metrics.metrics import RunBatch
 
 from . import record
 from .rivals import picture_of_text_cell

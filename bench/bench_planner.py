@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fasttrace as ft
-from fasttrace.engine.unet import plan_summary
+from fasttrace.engine.denoise.trace import plan_summary
 from fasttrace.profile.savings import sweep_request
 
 from . import record

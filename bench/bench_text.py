@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import fasttrace as ft
-from fasttrace.engine import packed_text
-from fasttrace.engine.linear import linear_calls
-from fasttrace.engine.oracle import hooks
-from fasttrace.engine.text import text_request
+from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.text import packed as packed_text
+from fasttrace.engine.text.linear import linear_calls
+from fasttrace.engine.text.trace import text_request
 from fasttrace.engine.values import first
 
 from . import record

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fasttrace as ft
-from fasttrace.engine.unet import UNetPlanSummary, UNetRequest, plan_summary, run_request, unet_request
+from fasttrace.engine.denoise.trace import UNetPlanSummary, UNetRequest, plan_summary, run_request, unet_request
 
 from . import record
 from .rivals import hooked_batch

@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 
 import fasttrace as ft
-from fasttrace.engine.unet import plan_summary, run_request
+from fasttrace.engine.denoise.trace import plan_summary, run_request
 from fasttrace.profile.ceilings import gemm_rate, seconds_of
 from fasttrace.profile.flops import flop_counter
 

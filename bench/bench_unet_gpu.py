@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import fasttrace as ft
-from fasttrace.engine.oracle import hooks
-from fasttrace.engine.unet import plan_summary, run_request, unet_request
-from fasttrace.engine.unet_cost import unet_cost
+from fasttrace.engine.denoise.cost import unet_cost
+from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_request
+from fasttrace.engine.oracle.oracle import hooks
 
 from . import record
 from .timing import interleaved

@@ -13,11 +13,11 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import fasttrace as ft
-from fasttrace.engine import packed_text
-from fasttrace.engine.cost import estimate
-from fasttrace.engine.text import run_text_request, text_request
-from fasttrace.engine.unet import plan_summary, run_request, unet_request
+from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_request
+from fasttrace.engine.text import packed as packed_text
+from fasttrace.engine.text.trace import run_text_request, text_request
 from fasttrace.patch import PatchSet
+from fasttrace.study.cost import estimate
 
 Run = tuple[Callable[[], object], float]
 """A call, and the floating-point operations of its plan, in units of 10^9."""

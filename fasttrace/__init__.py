@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from . import zoo
     from .corruption import GaussianNoise, philox_normal
     from .edit import Edit, fit_edit, load_edit
-    from .effects import Effects
-    from .engine.run import run
-    from .engine.text import TextTrace, trace_logits, trace_text
-    from .engine.unet import UNetTrace, trace_unet
+    from .effects.effects import Effects
+    from .engine.denoise.trace import UNetTrace, trace_unet
+    from .engine.text.trace import TextTrace, trace_logits, trace_text
     from .errors import FasttraceError
     from .patch import ZERO, Add, Noise, Patch
     from .pipeline import load_pipeline
     from .prompts import Prompt
     from .sites import Site, discover_sites, find_site, select_sites
-    from .study import Study
+    from .study.run import run
+    from .study.study import Study
 
 __version__ = "0.1.0"
 
@@ -31,13 +31,13 @@ _HOME = {
     "Edit": "edit",
     "fit_edit": "edit",
     "load_edit": "edit",
-    "Effects": "effects",
-    "run": "engine.run",
-    "TextTrace": "engine.text",
-    "trace_text": "engine.text",
-    "trace_logits": "engine.text",
-    "UNetTrace": "engine.unet",
-    "trace_unet": "engine.unet",
+    "Effects": "effects.effects",
+    "run": "study.run",
+    "TextTrace": "engine.text.trace",
+    "trace_text": "engine.text.trace",
+    "trace_logits": "engine.text.trace",
+    "UNetTrace": "engine.denoise.trace",
+    "trace_unet": "engine.denoise.trace",
     "FasttraceError": "errors",
     "ZERO": "patch",
     "Add": "patch",
@@ -49,7 +49,7 @@ _HOME = {
     "discover_sites": "sites",
     "find_site": "sites",
     "select_sites": "sites",
-    "Study": "study",
+    "Study": "study.study",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m fasttrace``: the same as the ``fasttrace`` command."""
 
-from .cli import main
+from .cli.app import main
 
 main()

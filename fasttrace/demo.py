@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_show import ranking
-from .cli_study import default_metrics
-from .effects import Effects
+from .cli.show import ranking
+from .cli.study import default_metrics
+from .effects.effects import Effects
+from .effects.wording import counted, number
 from .prompts import Prompt
-from .wording import counted, number
 
 CANDIDATES = (
     ("a pizza in flat style", "pizza"),
@@ -46,10 +46,10 @@ def run_demo(out: Path, model: str, seed: int, steps: int, console: Any) -> None
         console: of rich.
     """
     from . import plot
-    from .engine.run import run
     from .pipeline import load_pipeline
     from .report import report
-    from .study import Study
+    from .study.run import run
+    from .study.study import Study
 
     started = time.monotonic()
     console.rule("What is causal tracing?")
@@ -100,8 +100,8 @@ def _choose(pipe: Any, settings: dict[str, Any], console: Any) -> Prompt:
     """The candidate whose picture loses most by corruption; only clean and corrupted runs."""
     from rich.table import Table
 
-    from .engine.screen import screen
-    from .study import Study
+    from .study.screen import screen
+    from .study.study import Study
 
     console.print(
         "Only a subject that the model can draw, and that noise takes away, can be brought back. So a few prompts are "

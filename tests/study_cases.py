@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 import fasttrace as ft
-from fasttrace.engine.job import Job, Options, Traced
-from fasttrace.engine.run import run
+from fasttrace.study.job import Job, Options, Traced
+from fasttrace.study.run import run
 
 APPLE = ft.Prompt("a red apple on a table", "apple", id="apple", target="a red pizza on a table")
 CAT = ft.Prompt("a photo of a small cat", "small cat", id="cat", attribute="animal", target="a photo of a dog")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fasttrace.effects import Effects
+from fasttrace.effects.effects import Effects
 from fasttrace.sites import Site, discover_sites
 from fasttrace.zoo import random_pipeline
 

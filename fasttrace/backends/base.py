@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine.decoder import word_embedding
-from ..engine.linear import linear_calls
-from ..engine.text import trace_text
+from ..engine.text.decoder import word_embedding
+from ..engine.text.linear import linear_calls
+from ..engine.text.trace import trace_text
 from ..errors import BackendError
 from ..patch import PatchSet
 from ..sites import Site, head_sites, part_sites

@@ -90,8 +90,8 @@ def sweep(model: Any, envoys: Iterable[Any], prompts: Sequence[Any], **study: An
     Returns:
         `fasttrace.Effects`.
     """
-    from ..engine.run import run
-    from ..study import Study
+    from ..study.run import run
+    from ..study.study import Study
 
     names = [site_of(model, envoy).name for envoy in envoys]
     return run(Study(pipeline_of(model), prompts=list(prompts), sites=names, **study))

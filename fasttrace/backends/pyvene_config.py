@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.text import encoder_path
+from ..engine.text.trace import encoder_path
 from ..errors import BackendError
 from ..patch import ZERO, Add, Patch, Source
 from ..sites import Site

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.decoder import word_embedding
-from ..engine.linear import on_packed
-from ..engine.text import encoder_path
+from ..engine.text.decoder import word_embedding
+from ..engine.text.linear import on_packed
+from ..engine.text.trace import encoder_path
 from ..errors import BackendError
 from ..patch import Patch
 from ..sites import part_sites

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.decoder import decoder_of
+from ..engine.text.decoder import decoder_of
 from ..errors import BackendError
 from ..patch import Patch, PatchSet
 from ..sites import Site

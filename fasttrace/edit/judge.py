@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EditError
+from ..metrics.scorers import Scorer, clip_scores
 from ..pipeline import decode_latents
-from ..scorers import Scorer, clip_scores
 from .edit import Edit
 
 ABOUT = ("target", "paraphrase", "neighbour", "unrelated")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..effects import Effects
+from ..effects.effects import Effects
+from ..effects.table import is_text
+from ..effects.wording import KIND_NAMES, counted, unit
 from ..errors import StudyError
-from ..table import is_text
-from ..wording import KIND_NAMES, counted, unit
 from . import style
 from .pictures import Picture, picture_grid
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..effects import Effects
-from ..wording import KIND_NAMES
+from ..effects.effects import Effects
+from ..effects.wording import KIND_NAMES
 from . import style
 
 SHOWN = 20

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..effects import Effects
-from ..table import Groups, is_text
-from ..wording import KIND_NAMES, number
+from ..effects.effects import Effects
+from ..effects.table import Groups, is_text
+from ..effects.wording import KIND_NAMES, number
 from . import style
 
 KINDS = ("hidden", "mlp", "self_attn")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..effects import Effects
-from ..table import Groups, network_order
-from ..wording import KIND_NAMES, block, number, unet_place
+from ..effects.effects import Effects
+from ..effects.table import Groups, network_order
+from ..effects.wording import KIND_NAMES, block, number, unet_place
 from . import style
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.shadow import clone, shadow_of
+from ..engine.denoise.shadow import clone, shadow_of
 from ..engine.values import first
 from ..pipeline import encode_prompt, latent_shape, needs_added
 from ..sites import part_sites

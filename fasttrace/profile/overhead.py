@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.unet import run_request
+from ..engine.denoise.trace import run_request
 from ..patch import Patch
 from ..pipeline import encode_prompt, needs_added
 from ..sites import Site

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..engine.unet import plan_summary
-from ..engine.unet_cost import unet_cost
-from ..engine.unet_request import UNetRequest, unet_request
+from ..engine.denoise.cost import unet_cost
+from ..engine.denoise.request import UNetRequest, unet_request
+from ..engine.denoise.trace import plan_summary
 from ..patch import Patch
 from ..pipeline import encode_prompt, latent_shape, needs_added
 from ..sites import Site

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..engine import packed_text
-from ..engine.text import TextRequest, run_text_request, text_request
+from ..engine.text import packed as packed_text
+from ..engine.text.trace import TextRequest, run_text_request, text_request
 from ..patch import Patch
 from ..prompts import Prompt
 from ..sites import part_sites

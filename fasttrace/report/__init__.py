@@ -20,9 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 from .. import plot
-from ..effects import Effects
+from ..effects.effects import Effects
 from ..errors import StudyError
-from ..store import load_effects
+from ..study.store import load_effects
 from . import page
 from .pictures import draw_pictures
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..effects import Effects
-from ..wording import counted, number
+from ..effects.effects import Effects
+from ..effects.wording import counted, number
 
 ROWS_SHOWN = 15
 

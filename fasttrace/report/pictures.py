@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from .. import plot
-from ..effects import Effects
+from ..effects.effects import Effects
+from ..effects.wording import site_label, unit
 from ..errors import StudyError
 from ..plot.style import COLORS, INK, MUTED
-from ..store import read_json
-from ..wording import site_label, unit
+from ..study.store import read_json
 
 ROWS_A_GRID, GRIDS = 8, 4
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fasttrace.backends import Backend, base, rome
-from fasttrace.engine import linear
+from fasttrace.engine.text import linear
 from fasttrace.errors import BackendError
 from tests.backends.language_models import VOCABULARY, language_model
 from tests.engine.text_models import text_model

@@ -155,7 +155,7 @@ def test_nothing_to_judge(tiny_sd15: Any) -> None:
 
 
 def test_command_saves_an_edit_that_loads(tmp_path: Path) -> None:
-    from fasttrace.cli import app
+    from fasttrace.cli.app import app
 
     out = tmp_path / "edit"
     arguments = ["edit", "van gogh=painting", "--model", "random:tiny-sd15", "--preserve", "monet", "--lora"]
@@ -177,7 +177,7 @@ def test_command_saves_an_edit_that_loads(tmp_path: Path) -> None:
 def test_command_hands_on_the_guidance(
     option: list[str], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fasttrace.cli import app
+    from fasttrace.cli.app import app
 
     asked: list[float] = []
 
@@ -186,7 +186,7 @@ def test_command_hands_on_the_guidance(
         raise EditError("seen")
 
     monkeypatch.setattr("fasttrace.edit.judge.judge", stop)
-    monkeypatch.setattr("fasttrace.edit.cli._court", lambda *_: ([], None, None))
+    monkeypatch.setattr("fasttrace.cli.edit._court", lambda *_: ([], None, None))
     arguments = ["edit", "van gogh=painting", "--model", "random:tiny-sd15", "--judge", "any", *option]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "edit")])
     assert "seen" in result.output
@@ -195,7 +195,7 @@ def test_command_hands_on_the_guidance(
 
 @pytest.mark.parametrize("words", ["van gogh", "=painting", "van gogh="])
 def test_command_refuses_words_that_are_no_concept(words: str, tmp_path: Path) -> None:
-    from fasttrace.cli import app
+    from fasttrace.cli.app import app
 
     result = CliRunner().invoke(app, ["edit", words, "--model", "random:tiny-sd15", "--out", str(tmp_path / "edit")])
     assert result.exit_code == 2

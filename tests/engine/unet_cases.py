@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fasttrace as ft
-from fasttrace.engine.unet import UNetTrace, site_resolution
-from fasttrace.engine.unet_plan import site_order
+from fasttrace.engine.denoise.plan import site_order
+from fasttrace.engine.denoise.trace import UNetTrace, site_resolution
 
 TOKENS = 5
 STEPS = 3

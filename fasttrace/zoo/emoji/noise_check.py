@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...corruption import GaussianNoise
-from ...engine.text import trace_text
+from ...effects.statistics import mean_interval
+from ...engine.text.trace import trace_text
+from ...metrics.scorers import Scorer, clip_scores
 from ...prompts import Prompt
-from ...scorers import Scorer, clip_scores
-from ...statistics import mean_interval
 from . import judge as judging
 from .data import NAMES, NO_COLOUR, SIZES, Caption, held_out_scenes
 from .drawing import Settings, choose, generate, labels_of, text_states

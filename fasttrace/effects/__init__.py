@@ -1,0 +1,3 @@
+from .effects import Effects
+
+__all__ = ["Effects"]

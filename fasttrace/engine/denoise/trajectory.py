@@ -1,0 +1,115 @@
+"""Schedulers over many runs at once: each run is a row, and rows can be selected, repeated and joined mid-way.
+
+A scheduler of diffusers carries state between steps: earlier model outputs (PNDM, multistep solvers), a sample that a
+later step needs, counters. All of it is either shared by every row (counters, schedules) or has the rows as its first
+dimension, so one scheduler serves a whole lockstep batch, and a fork is a selection of rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelError
+
+
+def new_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device) -> Any:
+    """A copy of the user's scheduler, set to a number of steps; the user's own stays as it is.
+
+    Raises:
+        ModelError: a scheduler of another family, or one whose noise belongs to the whole batch.
+    """
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "scale_model_input") or not hasattr(scheduler, "init_noise_sigma"):
+        raise ModelError(
+            f"{name} is not a scheduler of Stable Diffusion's family: use DDIM, PNDM, Euler, DPM-Solver or LCM"
+        )
+    if hasattr(scheduler, "noise_sampler"):
+        raise ModelError(
+            f"{name} draws one noise for the whole batch, so runs can be neither paired nor forked: use "
+            'DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++"'
+        )
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(num_inference_steps, device=device)
+    return own
+
+
+class Trajectories:
+    """Latents of many runs, with everything that the scheduler needs to take them a step further.
+
+    Args:
+        scheduler: of the pipeline; copied.
+        num_inference_steps: as for ``set_timesteps``.
+        latents: ``[C, h, w]``, unit normal, where every run starts.
+        generator: CPU generator whose state every run's own generator starts from.
+        rows: number of runs.
+        eta: of DDIM; schedulers without it ignore it, as the pipelines do.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        num_inference_steps: int,
+        latents: Tensor,
+        generator: torch.Generator,
+        rows: int,
+        eta: float,
+    ) -> None:
+        self._scheduler = new_scheduler(scheduler, num_inference_steps, latents.device)
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self.latents = (latents * self._scheduler.init_noise_sigma)[None].repeat(rows, 1, 1, 1)
+        self._generators = [_clone(generator) for _ in range(rows)]
+        takes = set(inspect.signature(self._scheduler.step).parameters)
+        self._draws = "generator" in takes
+        self._extra = {"eta": eta} if "eta" in takes else {}
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def model_input(self, step: int) -> Tensor:
+        """Latents as the UNet reads them at a step, ``[rows, C, h, w]``.
+
+        Must be called once before each `advance`: some schedulers note here which step they are at.
+        """
+        scaled: Tensor = self._scheduler.scale_model_input(self.latents, self.timesteps[step])
+        return scaled
+
+    def advance(self, step: int, model_output: Tensor) -> None:
+        """One step of the scheduler, from the guided model output ``[rows, C, h, w]``."""
+        extra: dict[str, Any] = dict(self._extra)
+        if self._draws:
+            # A list draws each row from its own generator, so that rows do not depend on their batch mates.
+            extra["generator"] = self._generators if len(self) > 1 else self._generators[0]
+        result = self._scheduler.step(model_output, self.timesteps[step], self.latents, **extra, return_dict=False)
+        self.latents = result[0]
+
+    def select(self, rows: Sequence[int]) -> Trajectories:
+        """A copy that has these rows, in this order; a row may be taken several times, which forks it."""
+        other = copy.copy(self)
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.latents.device)
+        other.latents = self.latents[index]
+        other._generators = [_clone(self._generators[row]) for row in rows]
+        other._scheduler = copy.copy(self._scheduler)
+        for name, value in vars(self._scheduler).items():
+            setattr(other._scheduler, name, _select_rows(value, index, self.latents.shape))
+        return other
+
+
+def _select_rows(value: Any, index: Tensor, shape: torch.Size) -> Any:
+    """State with the rows selected: tensors shaped like the latents, alone or in lists; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value[index] if value.shape == shape else value
+    if isinstance(value, list):
+        return [_select_rows(item, index, shape) for item in value]
+    return value
+
+
+def _clone(generator: torch.Generator) -> torch.Generator:
+    other = torch.Generator()
+    other.set_state(generator.get_state())
+    return other

@@ -1,0 +1,3 @@
+from .study import Study
+
+__all__ = ["Study"]

@@ -1,0 +1,159 @@
+"""Files of a run: whole or not there. Everything is written beside its place and renamed into it.
+
+A finished folder has ``effects.parquet``, ``study.json``, and ``pictures/`` where pictures were made. Until then its
+``partial/`` holds ``manifest.json`` (what is being run) and one pair of files for each finished group of runs, named by
+a hash of the settings and the group, so that a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import StudyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+TABLE, RECORD, PARTIAL, MANIFEST = "effects.parquet", "study.json", "partial", "manifest.json"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` when the block ends, and is gone if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises:
+    StudyError: no such file, or not JSON (with the line).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise StudyError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+
+
+def save_effects(folder: Path, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
+    """Write ``effects.parquet`` and ``study.json``: both or neither."""
+    with replacing(folder / TABLE) as new_table, replacing(folder / RECORD) as new_record:
+        table.to_parquet(new_table, index=False)
+        new_record.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_effects(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The table and the record of a finished run.
+
+    Raises:
+        StudyError: the folder has no finished run; says whether one was begun.
+    """
+    import pandas as pd
+
+    if not (folder / TABLE).is_file():
+        begun = " (one was begun there: run it again to finish it)" if (folder / PARTIAL).is_dir() else ""
+        raise StudyError(f"no {TABLE} in {str(folder)!r}: expected the folder of a finished run{begun}")
+    return pd.read_parquet(folder / TABLE), read_json(folder / RECORD)
+
+
+def content_hash(data: Any) -> str:
+    """A name for JSON data: equal data, equal name."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:24]
+
+
+class Shards:
+    """Finished groups of a run that is under way.
+
+    Args:
+        folder: of the run.
+        settings: everything that decides the results, as JSON data. Groups that were finished under other settings are
+            never taken over.
+        overwrite: start afresh where the folder holds a run under other settings.
+
+    Raises:
+        StudyError: the folder holds a run under other settings; names what differs.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self._folder = folder / PARTIAL
+        if overwrite:
+            self.clear()
+        manifest = self._folder / MANIFEST
+        if manifest.is_file():
+            check_same(read_json(manifest), settings, folder)
+        else:
+            write_json(manifest, settings)
+
+    def rows(self, key: str) -> pd.DataFrame | None:
+        """The rows of a group, if it is finished."""
+        import pandas as pd
+
+        table = self._folder / f"{key}.parquet"
+        return pd.read_parquet(table) if table.is_file() else None
+
+    def latents(self, key: str) -> Tensor | None:
+        """The latents of a finished group, if it has any."""
+        from safetensors.torch import load_file
+
+        file = self._folder / f"{key}.safetensors"
+        return load_file(file)["latents"] if file.is_file() else None
+
+    def put(self, key: str, rows: pd.DataFrame, latents: Tensor | None) -> None:
+        """Keep a finished group; its rows come last, and stand for both."""
+        from safetensors.torch import save_file
+
+        if latents is not None:
+            with replacing(self._folder / f"{key}.safetensors") as temporary:
+                save_file({"latents": latents.contiguous()}, temporary)
+        with replacing(self._folder / f"{key}.parquet") as temporary:
+            rows.to_parquet(temporary, index=False)
+
+    def clear(self) -> None:
+        """Remove everything that is partial."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def clear_if_empty(self, and_folder: bool) -> None:
+        """Leave nothing behind where no group was finished; nor the run's folder, if it is new."""
+        if not any(self._folder.glob("*.parquet")):
+            self.clear()
+            if and_folder:
+                with contextlib.suppress(OSError):
+                    self._folder.parent.rmdir()
+
+
+def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to mix two studies in one folder.
+
+    Raises:
+        StudyError: the first difference.
+    """
+    for name in dict.fromkeys([*wanted, *there]):
+        if there.get(name) != wanted.get(name):
+            raise StudyError(
+                f"{str(folder)!r} holds another study: its {name} is {_short(there.get(name))}, this one's is "
+                f"{_short(wanted.get(name))}; choose another folder, or overwrite=True"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
