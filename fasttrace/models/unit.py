@@ -13,8 +13,8 @@ run that joins the batch there must bring with it exactly what the rest of the f
 (`fasttrace.models.liveness`), so skips, residuals and second streams are no special cases, and an architecture that has
 others is one more list. Order, shapes and costs of sites are read off the same list.
 
-A description is made from a model's modules, of the user's own or of a shadow of them, on any device, ``meta`` included.
-It runs nothing by itself and knows no engine.
+A description is made from a model's modules, the user's own or a shadow of them, on any device, ``meta`` included. It
+runs nothing by itself and knows no engine.
 
 Beware: names are reused (``x`` is written by almost every unit). What a unit reads is what was last written.
 """
@@ -114,8 +114,8 @@ class Unit:
         run: a function of them.
         sites: those whose values it writes, in the order in which their hooks fire.
         modules: those that it calls as modules, so that their hooks and adapters act.
-        flops: operations of one row; a multiply and an add are two. What is computed once for all steps (keys and values
-            of the text) is not counted.
+        flops: operations of one row; a multiply and an add are two. Keys and values of the text are not counted where
+            they are computed once for all steps.
         alive: numbers of one row that are alive at once within it, skip connections aside.
     """
 
@@ -129,7 +129,7 @@ class Unit:
 
 
 def weights_in(*modules: nn.Module) -> int:
-    """Numbers in the weights of every linear and convolution layer inside some modules: half the operations a position."""
+    """Numbers in the weights of every linear and convolution layer inside some modules; twice that a position."""
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     return sum(layer.weight.numel() for layer in layers)
 
