@@ -89,11 +89,11 @@ class Forward:
         dims: of this forward.
         shared: constants that all rows share, by name: rotary tables, a table of all texts' keys and values.
         by_row: constants with the rows of the whole call first, ``[B, ...]``; a first dimension of 1 is every row's.
+        rows: that are there at the beginning; an engine raises it as others join.
     """
 
-    def __init__(self, dims: Dims, shared: Mapping[str, Any], by_row: Mapping[str, Tensor]) -> None:
-        self.dims, self.shared, self._by_row = dims, shared, by_row
-        self.rows = 0
+    def __init__(self, dims: Dims, shared: Mapping[str, Any], by_row: Mapping[str, Tensor], rows: int) -> None:
+        self.dims, self.shared, self._by_row, self.rows = dims, shared, by_row, rows
 
     def of_rows(self, name: str) -> Tensor:
         """A constant's rows that are there now."""
@@ -116,7 +116,8 @@ class Unit:
         modules: those that it calls as modules, so that their hooks and adapters act.
         flops: operations of one row; a multiply and an add are two. Keys and values of the text are not counted where
             they are computed once for all steps.
-        alive: numbers of one row that are alive at once within it, skip connections aside.
+        alive: numbers of one row that are alive at once within it, beside values that only live on past it.
+        shapes: of the written values, where they live on past many units and must be counted there: skip connections.
     """
 
     reads: tuple[str, ...]
@@ -126,6 +127,7 @@ class Unit:
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     flops: Callable[[Dims], float] = field(default=lambda dims: 0.0, repr=False)
     alive: Callable[[Dims], int] = field(default=lambda dims: 0, repr=False)
+    shapes: tuple[Shape, ...] = field(default=(), repr=False)
 
 
 def weights_in(*modules: nn.Module) -> int:

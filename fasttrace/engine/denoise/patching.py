@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from ...corruption import philox_normal
-from ...ops.restore import ADD, ZERO
 from ...patch import Add, Noise, Patch
 from ..values import given_value, to_positions
-from .plan import Round, SitePlan
 from .runs import Key
+from .site_map import ADDED, COPY, SLOT, ZEROS, Round, SitePlan
 
 Cache = dict[tuple[Key, str], Tensor]
 """Values ``[P, D]`` of rows at sites, from earlier calls."""
@@ -23,9 +22,9 @@ def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor
         value: ``[B, P, D]`` or ``[B, C, h, w]``; overwritten in place.
         cache: written for the rows that later calls read; read for the slots that earlier calls wrote.
     """
-    if plan.record:
-        rows = to_positions(value)[[row for row, _ in plan.record]].clone()
-        cache.update({(key, site): row for (_, key), row in zip(plan.record, rows, strict=True)})
+    if plan.recorded is not None:
+        rows = to_positions(value)[plan.recorded]
+        cache.update({(key, site): row for key, row in zip(plan.record, rows, strict=True)})
     if plan.rounds:
         bank = slot_bank(value, site, plan, cache)
         for one in plan.rounds:
@@ -34,28 +33,29 @@ def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor
 
 
 def apply_round(value: Tensor, one: Round, bank: Tensor | None) -> None:
-    """Apply one source map in place: `fasttrace.ops.restore.restore`, for the rows that it changes."""
-    if one.copied.numel():
-        value[one.copied] = value[one.copied_from]
-    if not one.rows.numel():
+    """Apply one round in place: `fasttrace.ops.restore.restore`, for the rows that it changes."""
+    if to_positions(value).data_ptr() != value.data_ptr():  # a layout of which positions x channels is no view
+        plain = value.contiguous()
+        apply_round(plain, one, bank)
+        value.copy_(plain)
         return
-    table, codes = to_positions(value), one.codes.long()
-    count = value.shape[0]
-
-    def entries(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row, position = chosen.nonzero(as_tuple=True)
-        return one.rows[row], position, codes[row, position]
-
-    row, position, code = entries((codes >= 0) & (codes < count))
-    read = table[code, position]
-    zero_row, zero_position, _ = entries(codes == ZERO)
-    table[zero_row, zero_position] = 0
-    if bank is not None:
-        slot_row, slot_position, slot = entries(codes >= count)
-        table[slot_row, slot_position] = bank[slot - count, slot_position]
-        add_row, add_position, add = entries(codes <= ADD)
-        table[add_row, add_position] += bank[ADD - add, add_position]
-    table[row, position] = read
+    for move in one.moves:
+        rows, positions, source = move.rows, move.positions, move.source
+        target: tuple[Tensor, ...] = (rows,) if positions is None else (rows, positions)
+        # Whole rows move as they lie in memory; a bank has positions first.
+        table = value if positions is None and move.kind in (COPY, ZEROS) else to_positions(value)
+        if source is None:
+            table[target] = 0
+            continue
+        read = (source,) if positions is None else (source, positions)
+        if move.kind == COPY:
+            table[target] = table[read]
+            continue
+        assert bank is not None
+        if move.kind == SLOT:
+            table[target] = bank[read]
+        elif move.kind == ADDED:
+            table[target] += bank[read]
 
 
 def slot_bank(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor | None:

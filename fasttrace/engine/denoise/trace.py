@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ModelError, NumericsError
 from ...patch import PatchSet
 from ..values import nan_rows
-from .request import PROTOCOLS, Added, UNetRequest, site_resolution, unet_request
+from .request import PROTOCOLS, Added, UNetRequest, unet_request
 
 MOST_GROUPS = 8
 """Requests that take their steps together: more fill no batch better, and delay the first trace."""
@@ -25,7 +25,6 @@ __all__ = [
     "UNetTrace",
     "plan_summary",
     "run_request",
-    "site_resolution",
     "trace_unet",
     "trace_unet_many",
     "unet_request",
