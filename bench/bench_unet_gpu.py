@@ -19,7 +19,7 @@ import torch
 import fasttrace as ft
 from fasttrace.engine.denoise.cost import unet_cost
 from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_request
-from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.hooks import hooks
 
 from . import record
 from .timing import interleaved

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...pipeline import Condition
+from ...pipeline import Condition, timestep_condition
 from ...sites import part_sites
-from ..oracle.oracle import timestep_condition
 from .compile import CompiledUNet
 from .cost import UNetCost, unet_cost
 from .forward import CallInputs, Model, Texts, call_unet
@@ -46,7 +45,7 @@ class UNetCalls:
                 named.append((None, one.negative))
             self.texts_of.append({name: len(conditions) + place for place, (name, _) in enumerate(named)})
             conditions += [condition for _, condition in named]
-        guidance = timestep_condition(request)
+        guidance = timestep_condition(request.pipe, request.guidance_scale)
         self._dtype = request.dtype or request.latents.dtype
         unet = shadow_of(request.pipe.unet, self._dtype)
         units = flat_units(unet)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...pipeline import Condition
-from ..oracle.oracle import hooks
+from ..hooks import hooks
 from ..values import first, with_first
 from .patching import Cache, patch_site
 from .plan import CallPlan, SitePlan
