@@ -13,7 +13,7 @@ from ...models.description import Description
 from ...models.unet import time_states
 from ...models.unit import Dims, Forward
 from ...pipeline import Condition
-from ..oracle.oracle import hooks
+from ..hooks import hooks
 from ..values import first, with_first
 from .execute import Trail, execute
 from .patching import Cache, CallSites, patch_site
