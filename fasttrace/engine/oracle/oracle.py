@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.text.families import text_body, text_model, word_embedding
 from ...patch import Patch
 from ...pipeline import Condition
 from ...sites import Site
 from ..denoise.trace import UNetRequest
 from ..denoise.trajectory import Trajectories
-from ..text.decoder import decoder_of, text_body, word_embedding
 from ..text.request import TextRequest, encoder_path
 from ..values import apply_patch, first, value_hooks, with_first
 
@@ -94,7 +94,7 @@ def _text_run(
     if request.output == "logits":
         return result.logits[0, request.column, request.answers], values
     if request.depth < len(inputs):
-        return decoder_of(encoder, len(ids), None).final_norm(inputs[request.depth])[0][read], values
+        return text_model(encoder).final_norm(inputs[request.depth])[0][read], values
     return result.last_hidden_state[0][read], values
 
 
