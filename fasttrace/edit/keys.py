@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..engine.values import first
 from ..errors import EditError
+from ..models.text.families import is_causal
 from ..prompts import Prompt, TokenizedPrompt
-from ..sites import is_causal
 from .concepts import Pair, Positions, aligned_positions
 from .matrices import select_matrices, tokenizer_of
 

@@ -26,8 +26,6 @@ from .quickfix import moved_values
 from .ridge import ridge_path
 from .update import Update, matrices_of
 
-_FANS_OUT = ("out_proj", "fc1", "fc2")  # of CLIP: what follows them broadcasts a batch of one over the rows
-
 
 def fit_candidates(
     pipe: Any,
@@ -155,7 +153,8 @@ def edited_states(pipe: Any, edits: Sequence[Edit | None], prompt: str, max_batc
         if not names:
             parts.append(text_states(pipe, [prompt]).expand(len(members), -1, -1))
             continue
-        fans_out = single and len(names) == 1 and names[0].endswith(_FANS_OUT)
+        # What follows the attention broadcasts a batch of one over the rows.
+        fans_out = single and len(names) == 1 and not select_matrices(pipe, names)[0].before_attention
         for start in range(0, len(members), max_batch):
             chunk = members[start : start + max_batch]
             with row_edits(pipe, [edits[i] for i in chunk]):
