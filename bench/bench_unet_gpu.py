@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 import fasttrace as ft
-from fasttrace.engine.denoise.cost import unet_cost
+from fasttrace.engine.denoise.cost import cost_of
 from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_request
-from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.hooks import hooks
+from fasttrace.models.unet import describe_unet
+from fasttrace.models.unit import Dims
 
 from . import record
 from .timing import interleaved
@@ -79,7 +81,7 @@ def main() -> None:
         print("needs an NVIDIA GPU: nothing measured")
         return
     pipe = ft.zoo.random_pipeline("sd15", dtype=torch.float16, device="cuda")
-    flops = unet_cost(pipe.unet, (64, 64), TOKENS).flops
+    flops = cost_of(describe_unet(pipe.unet), Dims(64, 64, TOKENS)).flops
     for rows in BATCHES:
         requests = traces(pipe, rows)
         forwards = dict.fromkeys(("eager", "hooks", "compile max-autotune"), float(rows * STEPS))

@@ -14,12 +14,11 @@ from .errors import ModelError, SiteError
 from .models.text.families import canonical_path, text_layers
 from .models.text.families import is_causal as is_causal
 from .models.text.units import layer_units
+from .models.unet import describe_unet
 
 KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden", "head")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = (*TEXT_PARTS, "unet")
-
-_UNET_HIDDEN_CLASSES = ("BasicTransformerBlock", "Transformer2DModel")
 
 
 @dataclass(frozen=True)
@@ -150,49 +149,19 @@ def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
             yield Site(point.path, part, point.kind, layer.number, point.module, point.channels)
 
 
-def unet_order(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Resnets and attention blocks of a UNet with their paths, in execution order (``named_modules`` is not)."""
-    for side in ("down_blocks", "mid_block", "up_blocks"):
-        child = getattr(unet, side, None)
-        blocks = [] if child is None else [(side, child)] if side == "mid_block" else child.named_children()
-        for name, block in blocks:
-            path = side if side == "mid_block" else f"{side}.{name}"
-            resnets = list(getattr(block, "resnets", None) or ())
-            attentions = list(getattr(block, "attentions", None) or ())
-            # They alternate, a resnet first; the mid block ends with a resnet too.
-            for index, resnet in enumerate(resnets):
-                yield f"{path}.resnets.{index}", resnet
-                if index < len(attentions) and attentions[index] is not None:
-                    yield f"{path}.attentions.{index}", attentions[index]
-
-
 def _unet_sites(unet: nn.Module) -> Iterator[Site]:
-    count = dict.fromkeys(KINDS, 0)
-
-    def site(path: str, kind: str, module: nn.Module) -> Site:
-        count[kind] += 1
-        return Site(f"unet.{path}", "unet", kind, count[kind] - 1, module)
-
-    for path, block in unet_order(unet):
-        if type(block).__name__ == "ResnetBlock2D":
-            yield site(path, "resnet", block)
-            continue
-        for index, transformer in enumerate(getattr(block, "transformer_blocks", ())):
-            inner = f"{path}.transformer_blocks.{index}"
-            first_kind = "cross_attn" if getattr(transformer, "only_cross_attention", False) else "self_attn"
-            yield site(f"{inner}.attn1", first_kind, transformer.attn1)
-            if getattr(transformer, "attn2", None) is not None:
-                yield site(f"{inner}.attn2", "cross_attn", transformer.attn2)
-            yield site(f"{inner}.ff", "mlp", transformer.ff)
+    return (site for site in _described(unet) if site.kind != "hidden")
 
 
 def unet_blocks(pipe: Any) -> Iterator[Site]:
     """Whole transformer and attention blocks of the pipeline's UNet, which are sites by name only."""
     unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, nn.Module):
-        return
-    layer = 0
-    for path, module in unet.named_modules():
-        if type(module).__name__ in _UNET_HIDDEN_CLASSES:
-            yield Site(f"unet.{path}", "unet", "hidden", layer, module)
-            layer += 1
+    return (site for site in _described(unet) if site.kind == "hidden") if isinstance(unet, nn.Module) else iter(())
+
+
+def _described(unet: nn.Module) -> Iterator[Site]:
+    """Every site of a UNet's description, numbered among those of its kind."""
+    count = dict.fromkeys(KINDS, 0)
+    for name, point in describe_unet(unet).sites.items():
+        yield Site(name, "unet", point.kind, count[point.kind], point.module, point.channels)
+        count[point.kind] += 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.values import value_hooks
+from ..engine.hooks import value_hooks
 from ..errors import BackendError
 from ..patch import Patch
 from .base import Backend, Sweep, tokens_read

@@ -25,14 +25,16 @@ class Liveness:
     Attributes:
         reads: for each unit the values that it reads.
         last: for each unit the values that nobody reads after it.
-        live: for each unit the values that some later unit reads, those that it wrote among them.
-        place: of the unit at which each site is, by path.
+        live: for each unit the values that it or some later unit reads.
+        live_on: for each unit the values that some later unit reads, those that it wrote among them.
+        outputs: the values that the forward ends with.
     """
 
     reads: list[tuple[Value, ...]]
-    last: list[frozenset[Value]]
+    last: list[tuple[Value, ...]]
     live: list[frozenset[Value]]
-    place: dict[str, int]
+    live_on: list[frozenset[Value]]
+    outputs: tuple[Value, ...]
 
 
 def liveness(units: Sequence[Unit], inputs: Sequence[str], outputs: Sequence[str]) -> Liveness:
@@ -48,14 +50,15 @@ def liveness(units: Sequence[Unit], inputs: Sequence[str], outputs: Sequence[str
     for place, unit in enumerate(units):
         reads.append(tuple((name, current[name]) for name in unit.reads))
         current |= dict.fromkeys(unit.writes, place)
-    wanted = {(name, current[name]) for name in outputs}
+    ends = tuple((name, current[name]) for name in outputs)
+    wanted = set(ends)
     live: list[frozenset[Value]] = []
-    last: list[frozenset[Value]] = []
+    live_on: list[frozenset[Value]] = []
+    last: list[tuple[Value, ...]] = []
     for place in range(len(units) - 1, -1, -1):
-        live.append(frozenset(wanted))
+        live_on.append(frozenset(wanted))
         written = {(name, place) for name in units[place].writes}
-        last.append(frozenset(value for value in {*reads[place], *written} if value not in wanted))
+        last.append(tuple(sorted(({*reads[place]} | written) - wanted)))
         wanted = (wanted - written) | set(reads[place])
-    return Liveness(
-        reads, last[::-1], live[::-1], {site.path: place for place, unit in enumerate(units) for site in unit.sites}
-    )
+        live.append(frozenset(wanted))
+    return Liveness(reads, last[::-1], live[::-1], live_on[::-1], ends)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from ..engine.denoise.cost import unet_cost
+from ..engine.denoise.cost import cost_of
 from ..engine.denoise.request import UNetRequest, unet_request
 from ..engine.denoise.trace import plan_summary
+from ..models.unet import describe_unet
+from ..models.unit import Dims, weights_in
 from ..patch import Patch
 from ..pipeline import encode_prompt, latent_shape, needs_added
 from ..sites import Site
@@ -66,14 +68,10 @@ def savings(pipe: Any, sites: Sequence[Site], steps: int, guidance_scale: float 
 def text_share(pipe: Any) -> float:
     """Operations of the text's keys and values, as a share of a UNet call's: what is computed once, not every step."""
     tokens, (_, height, width) = pipe.tokenizer.model_max_length, latent_shape(pipe)
-    linears = [
-        linear
-        for name, module in pipe.unet.named_modules()
-        if name.endswith("attn2")
-        for linear in (module.to_k, module.to_v)
-    ]
-    keys = 2.0 * tokens * sum(linear.weight.numel() for linear in linears)
-    return keys / (keys + unet_cost(pipe.unet, (height, width), tokens).flops)
+    model = describe_unet(pipe.unet)
+    weights = sum(weights_in(attention.to_k, attention.to_v) for attention in model.crossing.values())
+    keys = 2.0 * tokens * weights
+    return keys / (keys + cost_of(model, Dims(height, width, tokens)).flops)
 
 
 def sweep_request(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fasttrace as ft
-from fasttrace.engine.denoise.plan import site_order
-from fasttrace.engine.denoise.trace import UNetTrace, site_resolution
+from fasttrace.engine.denoise.trace import UNetTrace
+from fasttrace.models.unet import describe_unet
+from fasttrace.models.unit import Dims
 
 TOKENS = 5
 STEPS = 3
@@ -48,8 +49,7 @@ def unet_sites(pipe: Any) -> list[str]:
 
 
 def positions_of(pipe: Any, name: str) -> int:
-    height, width = site_resolution(pipe.unet, ft.find_site(pipe, name), (8, 8))
-    return height * width
+    return describe_unet(pipe.unet).positions(name, Dims(8, 8))
 
 
 def both(pipe: Any, patches: Any, **keywords: Any) -> tuple[UNetTrace, UNetTrace]:
@@ -62,8 +62,12 @@ def both(pipe: Any, patches: Any, **keywords: Any) -> tuple[UNetTrace, UNetTrace
 
 
 def difference(a: UNetTrace, b: UNetTrace) -> float:
-    """Largest difference of any output, as a share of the largest clean value."""
-    pairs = ((a.clean, b.clean), (a.corrupted, b.corrupted), (a.restored, b.restored))
+    """Largest difference of any output or input, as a share of the largest clean value."""
+    pairs = [(a.clean, b.clean), (a.corrupted, b.corrupted), (a.restored, b.restored)]
+    if a.inputs is not None or b.inputs is not None:
+        assert a.inputs is not None
+        assert b.inputs is not None
+        pairs.append((a.inputs, b.inputs))
     largest = max(float((one - two).abs().max()) if one.numel() else 0.0 for one, two in pairs)
     return largest / float(a.clean.abs().max())
 
@@ -82,7 +86,7 @@ def widened(run: tuple[ft.Patch, ...]) -> tuple[ft.Patch, ...]:
 @st.composite
 def runs(draw: st.DrawFn, pipe: Any, steps: int, branches: tuple[str, ...]) -> list[Any]:
     """Patches of a few runs: one or several each, on any sites, of every source."""
-    names = list(site_order(pipe.unet))
+    names = list(describe_unet(pipe.unet).sites)
     return draw(st.lists(st.lists(one_patch(pipe, names, steps, branches), max_size=3).map(tuple), max_size=6))
 
 

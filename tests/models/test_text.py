@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fasttrace.models.liveness import liveness
+from fasttrace.models.description import Description
 from fasttrace.models.text.families import is_causal, text_body, text_model
 from fasttrace.models.text.units import INPUTS, OUTPUTS, run_units, text_forward, text_units
 from tests.engine import text_models
@@ -105,12 +105,10 @@ def test_flops_are_those_that_torch_counts(model: Any) -> None:
 
 def test_what_is_live_at_each_site(model: Any) -> None:
     """A run that joins at a site brings the hidden state, and the site's value where that is not the hidden state."""
-    units = text_units(text_model(model))
-    found = liveness(units, INPUTS, OUTPUTS)
-    for unit in units:
-        for point in unit.sites:
-            live = {name for name, _ in found.live[found.place[point.path]]}
-            assert live == ({"x"} if point.kind == "hidden" else {"x", point.value})
+    described = Description("model", text_units(text_model(model)), INPUTS, OUTPUTS, runs=True)
+    for name, point in described.sites.items():
+        brought = {value for value, _ in described.brought[name]}
+        assert brought == ({"x"} if point.kind == "hidden" else {"x", point.value})
 
 
 def test_a_batch_of_one_fans_out_at_every_projection_behind_the_attention(model: Any) -> None:

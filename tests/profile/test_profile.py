@@ -14,8 +14,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fasttrace as ft
-from fasttrace.engine.denoise.request import site_shape
 from fasttrace.errors import SiteError, StudyError
+from fasttrace.models.unet import describe_unet
+from fasttrace.models.unit import Dims
 from fasttrace.profile import profile
 from fasttrace.profile.ceilings import Ceilings, copy_bandwidth, gemm_rate
 from fasttrace.profile.live import LiveBytes, live_bytes
@@ -44,9 +45,9 @@ def test_operations_by_kind_are_those_of_the_layers(tiny: Any) -> None:
     assert costs["mlp"].flops == counted
     assert all(cost.flops > 0 and cost.seconds > 0 for kind, cost in costs.items() if kind != "other")
     assert costs["other"].flops > 0
-    size = (8, 8)
+    described = describe_unet(tiny.unet).sites
     for kind, cost in costs.items():
-        shapes = [site_shape(tiny.unet, site.name, size) for site in sites if site.kind == kind]
+        shapes = [described[site.name].shape(Dims(8, 8, 5)) for site in sites if site.kind == kind]
         assert cost.values == 4 * sum(math.prod(shape) for shape in shapes)
         assert cost.held >= max((4 * math.prod(shape) for shape in shapes), default=0)
     assert costs["other"].held > max(cost.held for kind, cost in costs.items() if kind != "other")

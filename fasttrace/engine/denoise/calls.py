@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...pipeline import Condition
-from ...sites import part_sites
-from ..oracle.oracle import timestep_condition
+from ...models.attention import has_hooks
+from ...models.unet import describe_unet, text_keys
+from ...pipeline import Condition, timestep_condition
 from .compile import CompiledUNet
-from .cost import UNetCost, unet_cost
+from .cost import Cost, cost_of
+from .execute import Trail
 from .forward import CallInputs, Model, Texts, call_unet
 from .memory import BatchSize, is_out_of_memory
+from .packing import BUCKET
 from .patching import Cache
-from .plan import BUCKET, CallPlan, plan_calls, site_order
-from .request import UNetRequest, site_shape
+from .plan import CallPlan, plan_calls
+from .request import UNetRequest
 from .runs import Key, Row
 from .shadow import shadow_of
-from .stream import Trail
-from .units import flat_units, has_hooks, text_keys
 
 
 class UNetCalls:
@@ -34,10 +34,6 @@ class UNetCalls:
     def __init__(self, requests: Sequence[UNetRequest], progress: Callable[[int], None] | None = None) -> None:
         request = self._request = requests[0]
         self._progress = progress or (lambda rows: None)
-        self._order = site_order(request.pipe.unet)
-        self._size = (request.latents.shape[1], request.latents.shape[2])
-        self._sites = {name: site for one in requests for name, site in one.sites.items()}
-        self._batch = batch_size(request)
         conditions: list[Condition] = []
         self.texts_of: list[dict[str | None, int]] = []
         for one in requests:
@@ -46,26 +42,28 @@ class UNetCalls:
                 named.append((None, one.negative))
             self.texts_of.append({name: len(conditions) + place for place, (name, _) in enumerate(named)})
             conditions += [condition for _, condition in named]
-        guidance = timestep_condition(request)
+        guidance = timestep_condition(request.pipe, request.guidance_scale)
         self._dtype = request.dtype or request.latents.dtype
         unet = shadow_of(request.pipe.unet, self._dtype)
-        units = flat_units(unet)
+        description = describe_unet(unet)
+        self._batch = batch_size(request, cost_of(description, request.dims))
         texts = Texts.of(conditions, self._dtype)
         self._model = Model(
             unet,
-            units,
+            description,
             texts,
-            text_keys(unet, texts.embeds) if units is not None else {},
+            text_keys(description, texts.embeds) if description.runs else {},
             None if guidance is None else guidance.to(self._dtype),
             any(has_hooks(module) for module in unet.modules()),
         )
         self._compiled: CompiledUNet | None = None
-        if request.compile and units is not None:
-            names = dict.fromkeys([site.name for site in part_sites(request.pipe.unet, "unet")] + [*self._sites])
-            shapes = {name: site_shape(request.pipe.unet, name, self._size) for name in names}
+        if request.compile and description.runs:
+            used = {name for one in requests for name in one.sites}
+            asked = {name: site for name, site in description.sites.items() if site.listed or name in used}
+            shapes = {name: site.shape(request.dims) for name, site in asked.items()}
             mode = request.compile if isinstance(request.compile, str) else None
             self._compiled = CompiledUNet(self._model, shapes, mode)
-        self.joins = units is not None
+        self.joins = description.runs
         self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
     def run(self, rows: list[Row], inputs: dict[Key, Tensor], timestep: Tensor) -> dict[Key, Tensor]:
@@ -101,7 +99,7 @@ class UNetCalls:
             call = CallInputs(
                 sample.to(self._dtype, memory_format=torch.channels_last),
                 timestep[None],
-                torch.tensor([row.text for row in plan.rows], device=latents.device),
+                plan.text,
             )
             if self._compiled is not None and plan.lockstep:
                 output = self._compiled(call, plan)
@@ -118,13 +116,12 @@ class UNetCalls:
         if (rows, self._batch.rows) != self._planned[:2]:
             device = self._request.latents.device
             budget, lockstep = call_rows(self._batch.rows, self._compiled is not None)
-            plans = plan_calls(rows, budget, self._order, self._positions, device, lockstep)
+            plans = plan_calls(rows, budget, self._model.description, self._positions, device, lockstep)
             self._planned = (rows, self._batch.rows, plans)
         return self._planned[2]
 
     def _positions(self, name: str) -> int:
-        shape = site_shape(self._request.pipe.unet, name, self._size)
-        return shape[0] if len(shape) == 2 else shape[1] * shape[2]
+        return self._model.description.positions(name, self._request.dims)
 
 
 def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:
@@ -133,14 +130,8 @@ def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:
     return budget // BUCKET * BUCKET if lockstep else budget, lockstep
 
 
-def batch_size(request: UNetRequest) -> BatchSize:
-    """The batch size for requests like this one."""
+def batch_size(request: UNetRequest, cost: Cost | None = None) -> BatchSize:
+    """The batch size for requests like this one, of which a row costs so much."""
+    cost = cost or cost_of(describe_unet(request.pipe.unet), request.dims)
     size = (request.latents.shape[1], request.latents.shape[2])
-    unet = request.pipe.unet
-    return BatchSize(unet, cost_of(request), size, request.dtype or request.latents.dtype, request.max_batch)
-
-
-def cost_of(request: UNetRequest) -> UNetCost:
-    """What one row of a request's UNet costs."""
-    size = (request.latents.shape[1], request.latents.shape[2])
-    return unet_cost(request.pipe.unet, size, request.conditions["clean"].embeds.shape[0])
+    return BatchSize(request.pipe.unet, cost, size, request.dtype or request.latents.dtype, request.max_batch)

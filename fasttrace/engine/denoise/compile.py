@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.unet import describe_unet
 from ...ops.restore import KEEP, restore
 from ..values import from_positions, to_positions
-from .forward import CallInputs, Model, Texts, flat_forward, time_states
+from .execute import Joins, execute
+from .forward import CallInputs, Model, Texts, time_of, unet_forward
 from .packed_products import forget, with_packed_products
+from .packing import BUCKET
 from .patching import given_table
-from .plan import BUCKET, CallPlan, Round
-from .stream import Joins
-from .units import flat_units
+from .plan import CallPlan
 
 _GRAPHS = 64
 """Most graphs of one UNet; beyond them torch would quietly run eagerly."""
@@ -67,7 +68,7 @@ class CompiledUNet:
             output = self._graph(
                 inputs.sample.contiguous(memory_format=torch.channels_last),
                 inputs.text,
-                time_states(self._model, inputs),
+                time_of(self._model, inputs),
                 self._model.texts.embeds,
                 self._model.keys,
                 maps,
@@ -78,14 +79,14 @@ class CompiledUNet:
 
     def _maps(self, plan: CallPlan, padded: int) -> Maps:
         """``[padded, P]`` source maps, as many at every site."""
-        rows, device = len(plan.rows), self._model.texts.embeds.device
+        device = self._model.texts.embeds.device
         count = max((len(site.rounds) for site in plan.sites.values()), default=1)
         maps: Maps = {}
         for name, shape in self._shapes.items():
             positions = shape[0] if len(shape) == 2 else shape[1] * shape[2]
             rounds = plan.sites[name].rounds if name in plan.sites else []
             keep = torch.full((padded, positions), KEEP, dtype=torch.int32, device=device)
-            maps[name] = [_dense_map(keep, one, rows, padded) for one in rounds]
+            maps[name] = [one.dense(padded) for one in rounds]
             maps[name] += [keep] * (max(1, count) - len(rounds))
         return maps
 
@@ -106,19 +107,9 @@ class CompiledUNet:
         return banks
 
 
-def _dense_map(keep: Tensor, one: Round, rows: int, padded: int) -> Tensor:
-    codes = keep.clone()
-    if one.copied.numel():
-        codes[one.copied] = one.copied_from.int()[:, None]
-    if one.rows.numel():
-        # A slot's code counts from the number of rows, which padding has raised.
-        codes[one.rows] = torch.where(one.codes >= rows, one.codes + (padded - rows), one.codes)
-    return codes
-
-
 def _graph(unet: Any) -> Graph:
     unet = with_packed_products(unet)
-    units = flat_units(unet)
+    description = describe_unet(unet)
 
     def graph(
         sample: Tensor,
@@ -134,8 +125,9 @@ def _graph(unet: Any) -> Graph:
                 value = from_positions(restore(to_positions(value), codes, banks.get(site)), value)
             return value
 
-        model = Model(unet, units, Texts(embeds, None, None), keys, None, False)
-        return flat_forward(model, sample, text, time, at_site, Joins(), {})
+        model = Model(unet, description, Texts(embeds, None, None), keys, None, False)
+        forward = unet_forward(model, sample, text, time)
+        return execute(description, forward, {"sample": sample}, at_site, Joins(), {})[0]
 
     return graph
 

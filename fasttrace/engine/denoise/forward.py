@@ -1,4 +1,4 @@
-"""One planned UNet call: through flat units where the UNet has them, else by forward hooks on the shadow."""
+"""One planned call of the denoiser: unit by unit where its description covers it, else by forward hooks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...models.description import Description
+from ...models.unet import time_states
+from ...models.unit import Dims, Forward
 from ...pipeline import Condition
-from ..oracle.oracle import hooks
+from ..hooks import hooks
 from ..values import first, with_first
-from .patching import Cache, patch_site
-from .plan import CallPlan, SitePlan
-from .stream import AtSite, Joins, Stream, Trail
-from .units import Unit
+from .execute import Trail, execute
+from .patching import Cache, CallSites, patch_site
+from .plan import CallPlan
+from .site_map import SitePlan
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,15 @@ class Model:
 
     Attributes:
         unet: the shadow.
-        units: from `flat_units`, or ``None``.
+        description: of the shadow.
         texts: conditions of all requests.
-        keys: from `text_keys`; empty without units.
+        keys: from `fasttrace.models.unet.text_keys`; empty where the units do not run.
         guidance: ``[1, E]`` embedding of the guidance scale, for models that take it (LCM).
         observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
     """
 
     unet: Any
-    units: list[Unit] | None
+    description: Description
     texts: Texts
     keys: dict[str, tuple[Tensor, Tensor]]
     guidance: Tensor | None
@@ -81,65 +84,26 @@ class Model:
 
 def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, trail: Trail) -> Tensor:
     """The UNet's output ``[B, C, h, w]`` for all rows of a plan."""
-    if model.units is None:
+    if not model.description.runs:
         return _hooked(model, inputs, plan, cache)
 
-    def at_site(site: str, value: Tensor) -> Tensor:
-        here = plan.sites.get(site)
-        if here is None:
-            return value
-        return patch_site(value.clone() if model.observed else value, site, here, cache)
-
-    return flat_forward(model, inputs.sample, inputs.text, time_states(model, inputs), at_site, plan.joins, trail)
-
-
-def time_states(model: Model, inputs: CallInputs) -> Tensor:
-    """``[1 or B, E]``: timestep, guidance and added conditions as resnets read them.
-
-    Never part of a compiled graph, whose sines would differ from diffusers' in their last float32 bits.
-    """
-    unet, one = model.unet, inputs.sample.new_empty(1)
-    time: Tensor = unet.time_embedding(unet.get_time_embed(sample=one, timestep=inputs.timestep), model.guidance)
-    extra = unet.get_aug_embed(
-        emb=time, encoder_hidden_states=model.texts.embeds, added_cond_kwargs=model.texts.added(inputs.text)
-    )
-    if extra is not None:
-        time = time + extra
-    return time if unet.time_embed_act is None else unet.time_embed_act(time)
-
-
-def flat_forward(
-    model: Model, sample: Tensor, text: Tensor, time: Tensor, at_site: AtSite, joins: Joins, trail: Trail
-) -> Tensor:
-    """The units one after another; what diffusers' ``UNet2DConditionModel.forward`` does around its blocks.
-
-    A call without rows at its beginning begins at the first site where some enter.
-    """
-    unet, units = model.unet, model.units or []
-    multiple = 2**unet.num_upsamplers
-    begins = not sample.shape[0]
-    first = next(place for place, unit in enumerate(units) if unit.site in joins.entering) if begins else 0
-    stream = Stream(
-        x=sample if begins else unet.conv_in(sample),
-        time=time,
-        text=text,
-        keys=model.keys,
-        embeds=model.texts.embeds,
-        at_site=at_site,
-        resize=any(side % multiple for side in sample.shape[2:]),
-        joins=joins,
-        trail=trail,
-        skips=[None] * sum(unit.keeps for unit in units[:first]),
-    )
-    for place, unit in enumerate(units[first:]):
-        value = None if begins and not place else unit.run(stream)
-        if unit.site:
-            stream.arrive(unit.site, value, unit.adds)
-    x = stream.x
-    if unet.conv_norm_out is not None:
-        x = unet.conv_act(unet.conv_norm_out(x))
-    output: Tensor = unet.conv_out(x)
+    sites = CallSites(plan.sites, cache, model.observed)
+    forward = unet_forward(model, inputs.sample, inputs.text, time_of(model, inputs), sites)
+    (output,) = execute(model.description, forward, {"sample": inputs.sample}, sites.at_end, plan.joins, trail)
     return output
+
+
+def time_of(model: Model, inputs: CallInputs) -> Tensor:
+    """The time states of a call, ``[1 or B, E]``."""
+    texts = model.texts
+    return time_states(model.unet, inputs.timestep, model.guidance, texts.embeds, texts.added(inputs.text))
+
+
+def unet_forward(model: Model, sample: Tensor, text: Tensor, time: Tensor, sites: CallSites | None = None) -> Forward:
+    """The constants of one call, of which ``sample`` holds the rows that are there from the start."""
+    dims = Dims(sample.shape[2], sample.shape[3], model.texts.embeds.shape[1])
+    shared = {"keys": model.keys, "embeds": model.texts.embeds}
+    return Forward(dims, shared, {"time": time, "text": text}, sample.shape[0], None if sites is None else sites.inside)
 
 
 def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
@@ -149,7 +113,7 @@ def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> T
         def overwrite(module: nn.Module, args: Any, output: Any, name: str = name, site: SitePlan = site) -> Any:
             return with_first(output, patch_site(first(output).clone(), name, site, cache))
 
-        pairs.append((model.unet.get_submodule(name.removeprefix("unet.")), overwrite))
+        pairs.append((model.description.sites[name].module, overwrite))
     with hooks(pairs):
         output: Tensor = model.unet(
             inputs.sample,

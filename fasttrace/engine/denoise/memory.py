@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .cost import UNetCost
+from .cost import Cost
 
 MOST_ROWS = {"cpu": 64, "cuda": 256}
 """More rows do not run faster: on a CPU their activations leave the cache (as many as of float32; twice as many of a
@@ -20,7 +20,7 @@ convolutions and for fragmentation."""
 _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
 
 
-def row_bytes(cost: UNetCost, dtype: torch.dtype) -> int:
+def row_bytes(cost: Cost, dtype: torch.dtype) -> int:
     """Memory of one row of a UNet call at its widest point, beside weights and latents."""
     return cost.widest * dtype.itemsize
 
@@ -36,7 +36,7 @@ class BatchSize:
         most: the user's ``max_batch``, which is taken as it is.
     """
 
-    def __init__(self, unet: Any, cost: UNetCost, size: tuple[int, int], dtype: torch.dtype, most: int | None) -> None:
+    def __init__(self, unet: Any, cost: Cost, size: tuple[int, int], dtype: torch.dtype, most: int | None) -> None:
         device = unet.device
         self._kept = _remembered.setdefault(unet, {})
         self._key = (size, dtype, str(device), most)

@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ...corruption import philox_normal
-from ...ops.restore import ADD, ZERO
+from ...ops.restore import keep_all
 from ...patch import Add, Noise, Patch
 from ..values import given_value, to_positions
-from .plan import Round, SitePlan
 from .runs import Key
+from .site_map import ADDED, COPY, SLOT, ZEROS, Round, SitePlan
 
 Cache = dict[tuple[Key, str], Tensor]
 """Values ``[P, D]`` of rows at sites, from earlier calls."""
+
+_NOTHING = SitePlan()
+
+
+class CallSites:
+    """What happens at the sites of one call.
+
+    Args:
+        sites: of the call's plan, by name.
+        cache: values of earlier calls.
+        observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
+    """
+
+    def __init__(self, sites: Mapping[str, SitePlan], cache: Cache, observed: bool) -> None:
+        self._sites, self._cache, self._observed = sites, cache, observed
+
+    def at_end(self, site: str, value: Tensor) -> Tensor:
+        """A value that a unit wrote, after everything that happens at its site."""
+        plan = self._sites.get(site)
+        if plan is None:
+            return value
+        return patch_site(value.clone() if self._observed else value, site, plan, self._cache)
+
+    def inside(self, site: str) -> Inside:
+        """The map of a site whose value is made inside an op."""
+        plan = self._sites.get(site)
+        return Inside(site, plan or _NOTHING, self._cache)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One site's map, as `fasttrace.models.unit.InsideSite` describes it."""
+
+    site: str
+    plan: SitePlan
+    cache: Cache
+
+    @property
+    def by_op(self) -> bool:
+        return self.plan.recorded is None and len(self.plan.rounds) <= 1
+
+    def source(self, like: Tensor) -> Tensor:
+        if not self.plan.rounds:
+            return keep_all(like)
+        return self.plan.rounds[0].source[: like.shape[0]]
+
+    def bank(self, like: Tensor) -> Tensor | None:
+        return slot_bank(like, self.site, self.plan, self.cache)
+
+    def apply(self, value: Tensor) -> Tensor:
+        return patch_site(value, self.site, self.plan, self.cache)
 
 
 def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor:
@@ -23,9 +77,9 @@ def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor
         value: ``[B, P, D]`` or ``[B, C, h, w]``; overwritten in place.
         cache: written for the rows that later calls read; read for the slots that earlier calls wrote.
     """
-    if plan.record:
-        rows = to_positions(value)[[row for row, _ in plan.record]].clone()
-        cache.update({(key, site): row for (_, key), row in zip(plan.record, rows, strict=True)})
+    if plan.recorded is not None:
+        rows = to_positions(value)[plan.recorded]
+        cache.update({(key, site): row for key, row in zip(plan.record, rows, strict=True)})
     if plan.rounds:
         bank = slot_bank(value, site, plan, cache)
         for one in plan.rounds:
@@ -34,28 +88,29 @@ def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor
 
 
 def apply_round(value: Tensor, one: Round, bank: Tensor | None) -> None:
-    """Apply one source map in place: `fasttrace.ops.restore.restore`, for the rows that it changes."""
-    if one.copied.numel():
-        value[one.copied] = value[one.copied_from]
-    if not one.rows.numel():
+    """Apply one round in place: `fasttrace.ops.restore.restore`, for the rows that it changes."""
+    if to_positions(value).data_ptr() != value.data_ptr():  # a layout of which positions x channels is no view
+        plain = value.contiguous()
+        apply_round(plain, one, bank)
+        value.copy_(plain)
         return
-    table, codes = to_positions(value), one.codes.long()
-    count = value.shape[0]
-
-    def entries(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        row, position = chosen.nonzero(as_tuple=True)
-        return one.rows[row], position, codes[row, position]
-
-    row, position, code = entries((codes >= 0) & (codes < count))
-    read = table[code, position]
-    zero_row, zero_position, _ = entries(codes == ZERO)
-    table[zero_row, zero_position] = 0
-    if bank is not None:
-        slot_row, slot_position, slot = entries(codes >= count)
-        table[slot_row, slot_position] = bank[slot - count, slot_position]
-        add_row, add_position, add = entries(codes <= ADD)
-        table[add_row, add_position] += bank[ADD - add, add_position]
-    table[row, position] = read
+    for move in one.moves:
+        rows, positions, source = move.rows, move.positions, move.source
+        target: tuple[Tensor, ...] = (rows,) if positions is None else (rows, positions)
+        # Whole rows move as they lie in memory; a bank has positions first.
+        table = value if positions is None and move.kind in (COPY, ZEROS) else to_positions(value)
+        if source is None:
+            table[target] = 0
+            continue
+        read = (source,) if positions is None else (source, positions)
+        if move.kind == COPY:
+            table[target] = table[read]
+            continue
+        assert bank is not None
+        if move.kind == SLOT:
+            table[target] = bank[read]
+        elif move.kind == ADDED:
+            table[target] += bank[read]
 
 
 def slot_bank(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor | None:

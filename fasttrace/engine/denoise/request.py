@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError, PatchError
+from ...models.unet import describe_unet
+from ...models.unit import Dims
 from ...patch import Patch, PatchSet, as_runs
 from ...pipeline import Condition, check_traceable, default_time_ids, encode_negative, latent_shape, needs_added
 from ...sites import Site, find_sites
@@ -63,6 +65,11 @@ class UNetRequest:
     max_batch: int | None
     compile: bool | str = False
     dtype: torch.dtype | None = None
+
+    @property
+    def dims(self) -> Dims:
+        """What shapes and costs depend on."""
+        return Dims(self.latents.shape[1], self.latents.shape[2], self.conditions["clean"].embeds.shape[0])
 
     @property
     def branches(self) -> int:
@@ -139,12 +146,12 @@ def unet_request(
             f"base={base!r}: expected one of {', '.join(conditions)}, or one such name for each of the {len(runs)} runs"
         )
     sites = find_sites(pipe, (patch.site for run in runs for patch in run))
+    model, dims = describe_unet(unet), Dims(latents.shape[1], latents.shape[2])
     for patch in (patch for run in runs for patch in run):
         site = sites[patch.site]
         if site.part != "unet":
             raise PatchError(f"{patch.site} is a site of {site.part}: trace it with trace_text, or with a Study")
-        height, width = site_resolution(unet, site, (latents.shape[1], latents.shape[2]))
-        patch.within(height * width, steps, set(conditions))
+        patch.within(model.positions(patch.site, dims), steps, set(conditions))
         if patch.branch == "uncond" and (not guided or protocol == "teacher_forced"):
             why = (
                 "the protocol scores the conditional output" if guided else f"guidance_scale={guidance_scale} has none"
@@ -186,36 +193,3 @@ def _negative(pipe: Any, embeds: Tensor | None, added: Added | None, clean: Cond
         time_ids = clean.time_ids if clean.time_ids is not None else default_time_ids(pipe)
         added = (own.pooled, time_ids)
     return _condition(pipe, "negative_embeds", embeds, added)
-
-
-def site_resolution(unet: Any, site: Site, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the feature map at a UNet site, for latents of ``size``."""
-    return _resolution(unet, site.name, size)
-
-
-def _resolution(unet: Any, name: str, size: tuple[int, int]) -> tuple[int, int]:
-    _, side, index = name.split(".")[:3]
-    levels = len(unet.config.block_out_channels)
-    if side == "down_blocks":
-        level = int(index)
-    else:
-        level = levels - 1 - int(index) if side == "up_blocks" else levels - 1
-    height, width = size
-    for _ in range(level):
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width
-
-
-def site_shape(unet: Any, name: str, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of one row's value at a UNet site: ``(P, D)``, or ``(C, h, w)`` where it is spatial."""
-    module: Any = unet.get_submodule(name.removeprefix("unet."))
-    height, width = _resolution(unet, name, size)
-    kind = type(module).__name__
-    if kind == "ResnetBlock2D":
-        return int(module.conv2.weight.shape[0]), height, width
-    if kind == "Transformer2DModel":
-        return int(module.proj_out.weight.shape[0]), height, width
-    if kind == "BasicTransformerBlock":
-        return height * width, int(module.norm1.weight.shape[0])
-    last = module.net[2] if kind == "FeedForward" else module.to_out[0]
-    return height * width, int(last.weight.shape[0])

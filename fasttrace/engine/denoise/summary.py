@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from .calls import batch_size, call_rows, cost_of
+from ...models.unet import describe_unet
+from .calls import batch_size, call_rows
+from .cost import cost_of
 from .memory import row_bytes
-from .plan import joining_site, pack, site_order
+from .packing import joining_site, pack
 from .request import UNetRequest
 from .runs import distinct_runs, forced_rows, free_rows
 
@@ -15,8 +17,9 @@ from .runs import distinct_runs, forced_rows, free_rows
 def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]:
     """Runs, forwards, rows, floating-point operations and peak bytes of requests that share their calls."""
     request = requests[0]
-    cost, batch = cost_of(request), batch_size(request)
-    order = site_order(request.pipe.unet)
+    model = describe_unet(request.pipe.unet)
+    cost, order = cost_of(model, request.dims), model.order
+    batch = batch_size(request, cost)
     groups = []
     for index, one in enumerate(requests):
         groups.append(distinct_runs(index, one, dict.fromkeys([*one.conditions, None], 0)))

@@ -32,7 +32,7 @@ def text_forward(model: TextModel, length: int, attention_mask: Tensor | None = 
     """
     constants = model.constants(length, attention_mask)
     bias = constants.bias if constants.bias.ndim == 4 else constants.bias[None]
-    return Forward(Dims(tokens=length), {"constants": constants}, {"bias": bias})
+    return Forward(Dims(tokens=length), {"constants": constants}, {"bias": bias}, rows=len(bias))
 
 
 def run_units(units: Sequence[Unit], forward: Forward, **values: Tensor) -> dict[str, Tensor]:

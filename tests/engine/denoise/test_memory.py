@@ -10,8 +10,10 @@ from torch.nn import functional
 
 import fasttrace as ft
 from fasttrace.engine.denoise import memory
-from fasttrace.engine.denoise.cost import unet_cost
+from fasttrace.engine.denoise.cost import cost_of
 from fasttrace.engine.denoise.memory import BatchSize, row_bytes
+from fasttrace.models.unet import describe_unet
+from fasttrace.models.unit import Dims
 from fasttrace.profile.live import LiveBytes
 
 
@@ -30,12 +32,12 @@ def test_the_model_of_memory_is_near_what_a_call_takes(name: str, monkeypatch: p
         live = LiveBytes()
         with torch.no_grad(), live:
             pipe.unet(sample, torch.empty(rows), text, added_cond_kwargs=added, return_dict=False)
-    expected = rows * row_bytes(unet_cost(pipe.unet, size, 77), torch.float32)
+    expected = rows * row_bytes(cost_of(describe_unet(pipe.unet), Dims(*size, 77)), torch.float32)
     assert 0.75 < expected / live.peak < 1.5
 
 
 def test_a_call_fits_in_the_free_memory(monkeypatch: pytest.MonkeyPatch, tiny_sd15: Any) -> None:
-    cost = unet_cost(tiny_sd15.unet, (8, 8), 5)
+    cost = cost_of(describe_unet(tiny_sd15.unet), Dims(8, 8, 5))
     one = row_bytes(cost, torch.float32)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 20 * one)
     size = BatchSize(ft.zoo.random_pipeline("tiny-sd15").unet, cost, (8, 8), torch.float32, None)

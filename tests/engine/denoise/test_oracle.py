@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fasttrace as ft
-from fasttrace.engine.denoise.plan import site_order
 from fasttrace.engine.denoise.shadow import shadow_of
+from fasttrace.models.unet import describe_unet
 from tests.engine.unet_cases import STEPS, both, conditions, difference, runs, unet_sites, widened
 from tests.pipelines import TINY, tiny_pipeline
 
@@ -135,19 +135,17 @@ def test_flat_units_are_the_unet_itself(name: str, size: tuple[int, int]) -> Non
 def test_rows_enter_at_every_site_of_calls_that_begin_anywhere(name: str, size: tuple[int, int]) -> None:
     pipe = tiny_pipeline(name, torch.float64)
     latents = torch.randn(4, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    every = [ft.Patch(site) for site in site_order(pipe.unet)]
+    every = [ft.Patch(site) for site in describe_unet(pipe.unet).sites]
     options = {"latents": latents, "protocol": "teacher_forced", "num_inference_steps": 2, "max_batch": 5}
     assert difference(*both(pipe, every, **options)) < 1e-8
 
 
 def test_a_unet_that_is_not_covered_runs_by_hooks() -> None:
-    from fasttrace.engine.denoise.units import flat_units
-
     pipe = ft.zoo.random_pipeline("tiny-sd15", dtype=torch.float64)
     seen = []
     handle = pipe.unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(1) or output * 1.01)
     try:
-        assert flat_units(shadow_of(pipe.unet, torch.float64)) is None
+        assert not describe_unet(shadow_of(pipe.unet, torch.float64)).runs
         sites = unet_sites(pipe)
         patches = [ft.Patch(sites[0]), (ft.Patch(sites[4], positions=[1]), ft.Patch(sites[5], source=ft.ZERO))]
         for protocol in ("free", "teacher_forced"):
@@ -155,7 +153,7 @@ def test_a_unet_that_is_not_covered_runs_by_hooks() -> None:
     finally:
         handle.remove()
     assert seen
-    assert flat_units(shadow_of(pipe.unet, torch.float64)) is not None
+    assert describe_unet(shadow_of(pipe.unet, torch.float64)).runs
 
 
 def test_wrong_source_shape_is_named(tiny_sd15: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +11,15 @@ from hypothesis import strategies as st
 
 import fasttrace as ft
 from fasttrace.engine.denoise import calls as unet_calls
-from fasttrace.engine.denoise.cost import unet_cost
+from fasttrace.engine.denoise.cost import cost_of
+from fasttrace.engine.denoise.packing import pack
 from fasttrace.engine.denoise.patching import apply_round
-from fasttrace.engine.denoise.plan import Round, compose, pack, site_order
 from fasttrace.engine.denoise.runs import Key, Row
+from fasttrace.engine.denoise.site_map import compose, plan_round
 from fasttrace.engine.denoise.trace import UNetRequest, plan_summary, trace_unet_many, unet_request
-from fasttrace.ops.restore import KEEP, restore
+from fasttrace.models.unet import describe_unet
+from fasttrace.models.unit import Dims
+from fasttrace.ops.restore import ZERO, restore
 from tests.engine.unet_cases import conditions, unet_sites
 
 
@@ -42,23 +44,16 @@ def request(pipe: Any, patches: Any, **options: Any) -> UNetRequest:
 def test_a_map_in_place_equals_its_reference(spatial: bool, data: st.DataObject) -> None:
     rows, positions, slots = data.draw(st.tuples(st.integers(1, 6), st.sampled_from([1, 6, 12]), st.integers(1, 3)))
     sources = data.draw(st.integers(1, rows))  # rows that may be copied from, and so are never patched
-    allowed = [KEEP, -2, *range(sources), *range(rows, rows + slots), *range(-3, -3 - slots, -1)]
-    codes = np.full((rows, positions), KEEP, np.int32)
-    for row in range(sources, rows):
-        whole = data.draw(st.booleans())
-        size = 1 if whole else positions
-        codes[row] = data.draw(st.lists(st.sampled_from(allowed), min_size=size, max_size=size))
+    codes = [ZERO, *range(sources), *range(rows, rows + slots), *range(-3, -3 - slots, -1)]
+    wheres = st.none() | st.lists(st.integers(0, positions - 1), min_size=1, unique=True).map(tuple)
+    drawn = st.dictionaries(st.integers(0, rows - 1).filter(lambda row: row >= sources),
+                            st.tuples(wheres, st.sampled_from(codes))) if sources < rows else st.just({})  # fmt: skip
+    one = plan_round(data.draw(drawn), rows, positions, torch.device("cpu"))
     value = torch.randn(rows, positions, 5, generator=torch.Generator().manual_seed(rows))
     bank = torch.randn(slots, positions, 5, generator=torch.Generator().manual_seed(slots))
-    expected = restore(value, torch.from_numpy(codes), bank)
-    whole_rows = [row for row in range(sources, rows) if 0 <= codes[row, 0] < rows and len(set(codes[row])) == 1]
-    rest = [row for row in range(sources, rows) if row not in whole_rows]
-    one = Round(
-        torch.tensor(whole_rows, dtype=torch.long),
-        torch.tensor([int(codes[row, 0]) for row in whole_rows], dtype=torch.long),
-        torch.tensor(rest, dtype=torch.long),
-        torch.from_numpy(codes[rest]),
-    )
+    expected = restore(value, one.dense(rows), bank)
+    padded = torch.cat([value, torch.zeros(2, positions, 5)])
+    assert torch.equal(restore(padded, one.dense(rows + 2), bank)[:rows], expected)
     if spatial:
         picture = value.transpose(1, 2).reshape(rows, 5, positions, 1).contiguous(memory_format=torch.channels_last)
         apply_round(picture, one, bank)
@@ -68,13 +63,17 @@ def test_a_map_in_place_equals_its_reference(spatial: bool, data: st.DataObject)
         assert torch.equal(value, expected)
 
 
-def test_maps_of_one_row_compose_in_order() -> None:
-    def patch(positions: Any) -> ft.Patch:
-        return ft.Patch("unet.x", positions)
+def test_a_layout_that_has_no_view_of_positions_is_patched_all_the_same() -> None:
+    value = torch.randn(2, 5, 4, 3).transpose(2, 3)
+    expected = value.clone()
+    expected[1] = expected[0]
+    apply_round(value, plan_round({1: (None, 0)}, 2, 12, torch.device("cpu")), None)
+    assert torch.equal(value, expected)
 
-    assert [one.tolist() for one in compose([(patch(None), 4), (patch([1]), 5)], 3)] == [[4, 5, 4]]
-    added = compose([(patch([0, 1]), 4), (patch([1, 2]), -3), (patch([2]), 6)], 3)
-    assert [one.tolist() for one in added] == [[4, 4, KEEP], [KEEP, -3, 6]]
+
+def test_overwrites_of_one_row_apply_in_order() -> None:
+    assert compose([((1,), 5), (None, 4), ((1,), 5)]) == [(None, 4), ((1,), 5)]
+    assert compose([(None, 4), (None, -3)]) == [(None, 4), (None, -3)]
 
 
 def key(number: int) -> Key:
@@ -194,9 +193,9 @@ def test_a_batch_of_no_rows_is_refused(tiny_sd15: Any, rows: int) -> None:
 def test_cost_counts_the_true_architecture() -> None:
     """803 GFLOP for one forward of SD1.x at 64 x 64, the text's keys and values (2.4) left out."""
     pipe = ft.zoo.random_pipeline("sd15", device="meta")
-    cost = unet_cost(pipe.unet, (64, 64), 77)
+    model = describe_unet(pipe.unet)
+    cost, order = cost_of(model, Dims(64, 64, 77)), model.order
     assert cost.flops / 1e9 == pytest.approx(801, abs=2)
-    order = site_order(pipe.unet)
     assert set(cost.flops_to) == set(order)
     in_order = [cost.flops_to[name] for name in sorted(order, key=order.__getitem__)]
     assert in_order == sorted(in_order)
