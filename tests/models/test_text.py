@@ -12,25 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrace.models.description import Description
 from fasttrace.models.text.families import is_causal, text_body, text_model
-from fasttrace.models.text.units import INPUTS, OUTPUTS, text_forward, text_units
-from fasttrace.models.unit import Forward, Unit
+from fasttrace.models.text.units import INPUTS, OUTPUTS, run_units, text_forward, text_units
 from tests.engine import text_models
 from tests.engine.text_models import ALL, EOS, LENGTH, T5, VOCABULARY
 
 IDS = torch.randint(0, VOCABULARY - 3, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 IDS[0, 5], IDS[1, -1] = EOS, EOS
 MASKS = [None, torch.tensor([[1] * 7 + [0, 0], [1] * LENGTH])]
-
-
-def run(units: list[Unit], forward: Forward, ids: Tensor) -> dict[str, Tensor]:
-    """Every unit after the one before it, on the values that it names."""
-    forward.rows = len(ids)
-    values = {"ids": ids}
-    for unit in units:
-        written = unit.run(forward, *(values[name] for name in unit.reads))
-        written = written if isinstance(written, tuple) else (written,)
-        values |= dict(zip(unit.writes, written, strict=True))
-    return values
 
 
 @pytest.fixture(params=ALL)
@@ -41,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("mask", MASKS)
 def test_units_one_after_another_give_the_models_own_states(model: Any, mask: Tensor | None) -> None:
     described = text_model(model)
-    values = run(text_units(described), text_forward(described, LENGTH, mask), IDS)
+    values = run_units(text_units(described), text_forward(described, LENGTH, mask), ids=IDS)
     with torch.no_grad():
         expected = text_body(model)(input_ids=IDS, attention_mask=mask).last_hidden_state
     read = slice(None) if mask is None else mask.bool()
@@ -121,6 +109,20 @@ def test_what_is_live_at_each_site(model: Any) -> None:
     for name, point in described.sites.items():
         brought = {value for value, _ in described.brought[name]}
         assert brought == ({"x"} if point.kind == "hidden" else {"x", point.value})
+
+
+def test_a_batch_of_one_fans_out_at_every_projection_behind_the_attention(model: Any) -> None:
+    added = torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for layer in text_model(model).layers:
+        for weight in layer.weights:
+            if weight.before_attention:
+                continue
+            handle = weight.module.register_forward_hook(lambda module, args, output: output + added)
+            try:
+                one, three = (text_body(model)(input_ids=IDS[:1].repeat(n, 1)).last_hidden_state for n in (1, 3))
+            finally:
+                handle.remove()
+            torch.testing.assert_close(one, three, rtol=1e-10, atol=1e-10)
 
 
 def test_who_reads_whom() -> None:

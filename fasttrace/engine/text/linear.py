@@ -62,7 +62,7 @@ class Reordered(Modules):
         return self._apply(module, x).add_(residual)
 
     def feed_forward(self, mlp: FeedForward, x: Tensor, residual: Tensor) -> Tensor:
-        if mlp.parts is None or any(map(has_hooks, mlp.module.modules())):
+        if mlp.parts is None or any(map(_has_hooks, mlp.module.modules())):
             return super().feed_forward(mlp, x, residual)
         up, activation, down = mlp.parts
         fused = _FUSED.get(type(activation).__name__)
@@ -107,11 +107,10 @@ def linear_calls(like: Tensor, rows: int) -> Modules:
 def _is_plain(module: nn.Module) -> bool:
     # transformers' Conv1D is known by name, so that this file does not import transformers.
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    return plain and not has_hooks(module)
+    return plain and not _has_hooks(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more, or something else, than its class says."""
+def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...models.text.description import Heads, Layer, TextModel, attended
 from ...models.text.families import text_head, text_model
 from .attention import suffix_attention
+from .bypassed import check_bypassed
 from .compile import compile_plan
 from .entries import FlatPatches, differs_from, flatten, given_rows, split_entries
 from .linear import linear_calls, on_packed
@@ -67,6 +68,7 @@ class PackedText:
     """A request's plan and its unpatched runs; ``sample`` makes the rest, for one noise sample at a time."""
 
     def __init__(self, request: TextRequest) -> None:
+        check_bypassed(request)
         self.request = request
         self.model = text_model(request.encoder)
         self.layers = self.model.layers[: request.depth]

@@ -146,11 +146,21 @@ def text_request(
 
 def _checked_encoder(encoder: Any, dtype: torch.dtype | None) -> Any:
     family_of(encoder)
-    if encoder.training and any(m.p > 0 for m in encoder.modules() if isinstance(m, nn.Dropout)):
-        raise ModelError(f"{type(encoder).__name__} is in training mode and has dropout: call .eval() first")
+    for path, module in encoder.named_modules():
+        if module.training and _drops(module):
+            raise ModelError(
+                f"dropout is active in {type(encoder).__name__}"
+                f"{f': {path} is in training mode' if path else ''}: call .eval() first"
+            )
     if dtype is None or dtype == word_embedding(encoder).weight.dtype:
         return encoder
     return copy.deepcopy(encoder).to(dtype)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in training mode drops numbers; attentions keep the rate as a number of their own."""
+    rates = [getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def _checked_ids(name: str, ids: Tokens, embedding: Tensor) -> Tensor:

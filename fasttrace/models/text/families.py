@@ -154,7 +154,7 @@ def text_model(model: Any) -> TextModel:
     """
     family, stack = family_of(model), _stack(model)
     positions = None if family.positions is None else stack.get_submodule(family.positions)
-    layers = tuple(text_layers(text_body(model)))
+    layers = tuple(text_layers(model))
     return TextModel(family, stack, word_embedding(model), positions, layers, stack.get_submodule(family.final_norm))
 
 

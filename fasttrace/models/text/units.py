@@ -11,7 +11,7 @@ A layer of tiny CLIP::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,15 @@ def text_forward(model: TextModel, length: int, attention_mask: Tensor | None = 
     constants = model.constants(length, attention_mask)
     bias = constants.bias if constants.bias.ndim == 4 else constants.bias[None]
     return Forward(Dims(tokens=length), {"constants": constants}, {"bias": bias}, rows=len(bias))
+
+
+def run_units(units: Sequence[Unit], forward: Forward, **values: Tensor) -> dict[str, Tensor]:
+    """One unit after another, on the values ``[B, ...]`` that it names; what is there in the end, by name."""
+    forward.rows = len(next(iter(values.values())))
+    for unit in units:
+        written = unit.run(forward, *(values[name] for name in unit.reads))
+        values |= zip(unit.writes, written if isinstance(written, tuple) else (written,), strict=True)
+    return values
 
 
 def text_units(model: TextModel) -> list[Unit]:
