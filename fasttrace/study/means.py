@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from ..engine.values import first, to_positions, value_hooks
 from ..pipeline import Condition, encode_prompt
 from ..sites import Site
 from .conditions import attention_mask
-
-if TYPE_CHECKING:
-    from .study import Study
+from .settings import Settings
 
 
-def text_means(study: Study, sites: list[Site]) -> dict[str, Tensor]:
+def text_means(study: Settings, sites: list[Site]) -> dict[str, Tensor]:
     """Mean over prompts of each text site's clean value at each position, ``[T, D]`` by site name."""
     sums: dict[str, Tensor] = {}
     pairs: list[tuple[Site, Callable[[Tensor], None]]] = []
@@ -44,7 +42,7 @@ def text_means(study: Study, sites: list[Site]) -> dict[str, Tensor]:
 
 
 def unet_means(
-    study: Study, sites: list[Site], request_of: Callable[[Condition, int], UNetRequest]
+    study: Settings, sites: list[Site], request_of: Callable[[Condition, int], UNetRequest]
 ) -> dict[str, Tensor]:
     """Mean over prompts, seeds and pixels of each UNet site's clean value, ``[S, C]`` by site name.
 

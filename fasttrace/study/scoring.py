@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..effects.table import COLUMNS
 from ..engine.oracle.oracle import corrupted_inputs
+from ..findings.table import COLUMNS
 from ..metrics.metrics import RunBatch
 from ..pipeline import decode_latents
 from .axes import step_span
+from .groups import Group
 from .job import Traced
-from .plan import Group
-
-if TYPE_CHECKING:
-    from .study import Study
+from .settings import Settings
 
 Scores = npt.NDArray[np.float64]
 
@@ -29,7 +26,7 @@ Scores = npt.NDArray[np.float64]
 _BATCH = 64
 
 
-def score(study: Study, traced: Traced) -> Scores:
+def score(study: Settings, traced: Traced) -> Scores:
     """Scores ``[metrics, 2 + n]`` of a piece: clean, corrupted, then its ``n`` runs."""
     batches = [
         [metric.score(batch).numpy().astype(np.float64) for metric in study.resolved_metrics]
@@ -38,7 +35,7 @@ def score(study: Study, traced: Traced) -> Scores:
     return np.concatenate([np.stack(scores) for scores in batches], axis=1)
 
 
-def _batches(study: Study, traced: Traced) -> Iterator[RunBatch]:
+def _batches(study: Settings, traced: Traced) -> Iterator[RunBatch]:
     prompt = traced.piece.group.plan.prompt
     text = prompt.target if study.scored_text == "target" else prompt.text
     needs = {metric.needs for metric in study.resolved_metrics}
@@ -81,7 +78,7 @@ def _text(traced: Traced, rows: slice) -> Tensor:
     return torch.cat([ends[rows], states.restored[group.noise_sample, texts]])
 
 
-def _timesteps(study: Study) -> Tensor:
+def _timesteps(study: Settings) -> Tensor:
     from ..engine.denoise.trajectory import new_scheduler
 
     timesteps: Tensor = new_scheduler(
@@ -90,7 +87,7 @@ def _timesteps(study: Study) -> Tensor:
     return timesteps
 
 
-def _inputs(study: Study, traced: Traced) -> Tensor | None:
+def _inputs(study: Settings, traced: Traced) -> Tensor | None:
     """The corrupted run's latents as the UNet reads them, where a metric decodes predictions from them."""
     if traced.request is None or not any(metric.name.startswith("x0") for metric in study.resolved_metrics):
         return None
@@ -98,7 +95,7 @@ def _inputs(study: Study, traced: Traced) -> Tensor | None:
         return torch.cat(corrupted_inputs(traced.request))
 
 
-def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
+def table_rows(study: Settings, group: Group, scores: Scores) -> pd.DataFrame:
     """The rows of one group.
 
     Args:
@@ -107,7 +104,7 @@ def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
         scores: ``[metrics, 2 + n]``: clean, corrupted, and the ``n`` distinct runs of the plan.
 
     Returns:
-        One row a (run, metric), with the columns of `fasttrace.effects.table.COLUMNS`. ``total_effect`` is
+        One row a (run, metric), with the columns of `fasttrace.findings.table.COLUMNS`. ``total_effect`` is
         clean - corrupted.
         ``indirect_effect`` is restored - base: what the patch changed in the run that it was applied to. That is
         restored - corrupted in restoring; in noising (``base="clean"``) restored - clean, negative where a site is
@@ -146,7 +143,7 @@ class GroupScores:
     scores: list[Scores]
     latents: list[Tensor]
 
-    def add(self, study: Study, traced: Traced, keep_latents: bool) -> None:
+    def add(self, study: Settings, traced: Traced, keep_latents: bool) -> None:
         skip = 0 if traced.piece.first else 2
         self.scores.append(score(study, traced)[:, skip:])
         if keep_latents and traced.trace is not None and study.protocol == "free":
