@@ -27,7 +27,7 @@ $(VENV)/.test: $(VENV)/.core
 demo: $(VENV)/.core  ## trace the packaged model and look at what was found (minutes on a CPU)
 	@$(PY) -m fasttrace demo --out demo
 
-test: $(VENV)/.test lint types  ## ruff, mypy and the whole test suite
+test: $(VENV)/.test lint types  ## ruff, mypy, the contracts on imports and the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.test  ## the suite with its slow tests
@@ -35,6 +35,7 @@ slow: $(VENV)/.test  ## the suite with its slow tests
 
 lint: $(VENV)/.test
 	@$(PY) -m ruff check .
+	@$(VENV)/bin/lint-imports --no-cache
 	@$(PY) -m ruff format --check --quiet . || { $(PY) -m ruff format --diff . ; exit 1; }
 
 types: $(VENV)/.test

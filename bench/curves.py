@@ -17,7 +17,6 @@ from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_reque
 from fasttrace.engine.text import packed as packed_text
 from fasttrace.engine.text.trace import run_text_request, text_request
 from fasttrace.patch import PatchSet
-from fasttrace.study.cost import estimate
 
 Run = tuple[Callable[[], object], float]
 """A call, and the floating-point operations of its plan, in units of 10^9."""
@@ -147,7 +146,7 @@ def study_run(prompts: int) -> Run:
     texts = [f"a {colour} {noun}" for colour in ("red", "blue", "green", "yellow") for noun in nouns]
     given = [ft.Prompt(text, subject=text.split()[-1]) for text in texts[:prompts]]
     study = ft.Study(pipeline(), given, sites="unet", num_inference_steps=2)
-    return lambda: ft.run(study, progress=False, pictures=0), 1e3 * estimate(study.plan()).tflop
+    return lambda: ft.run(study, progress=False, pictures=0), 1e3 * study.plan().estimate().tflop
 
 
 def forced_run(count: int) -> Run:

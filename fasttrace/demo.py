@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli.show import ranking
-from .cli.study import default_metrics
 from .effects.effects import Effects
-from .effects.wording import counted, number
+from .findings.wording import counted, number
 from .prompts import Prompt
+from .report.terminal import ranking
 
 CANDIDATES = (
     ("a pizza in flat style", "pizza"),
@@ -48,6 +47,7 @@ def run_demo(out: Path, model: str, seed: int, steps: int, console: Any) -> None
     from . import plot
     from .pipeline import load_pipeline
     from .report import report
+    from .study.presets import default_metrics
     from .study.run import run
     from .study.study import Study
 
@@ -100,7 +100,7 @@ def _choose(pipe: Any, settings: dict[str, Any], console: Any) -> Prompt:
     """The candidate whose picture loses most by corruption; only clean and corrupted runs."""
     from rich.table import Table
 
-    from .study.screen import screen
+    from .study.screening import screen
     from .study.study import Study
 
     console.print(

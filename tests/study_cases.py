@@ -31,7 +31,7 @@ def table(made: ft.Study, engine: str = "fast", **options: Any) -> pd.DataFrame:
 def traced(made: ft.Study, engine: str = "fast") -> Traced:
     """The first group of a study."""
     plan = made.plan()
-    return next(Job(plan, Options(engine)).trace(plan.groups[:1], lambda _: None))
+    return next(Job(plan.study, Options(engine)).trace(plan.groups[:1], lambda _: None))
 
 
 def assert_same(left: pd.DataFrame, right: pd.DataFrame, tolerance: float = EXACT) -> None:

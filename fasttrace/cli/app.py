@@ -107,7 +107,7 @@ def sites(
     """List the sites of a model: the modules whose output can be traced, in execution order."""
     from rich.table import Table
 
-    from ..effects.wording import counted
+    from ..findings.wording import counted
     from ..pipeline import load_pipeline
     from ..sites import discover_sites, select_sites
 
@@ -164,9 +164,9 @@ def sweep(
     Example: fasttrace sweep emoji --prompt "a red owl in flat style" --subject owl --seeds 0-3 --out owl
     """
     from ..report import report
+    from ..report.terminal import show_effects
     from ..study.run import run
-    from ..study.screen import screen
-    from .show import show_effects
+    from ..study.screening import screen
 
     console = _console()
     study = request.study()

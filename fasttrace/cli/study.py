@@ -34,7 +34,7 @@ class Request:
         import torch
 
         from ..pipeline import load_pipeline
-        from ..study.presets import preset_study
+        from ..study.presets import default_metrics, preset_study
         from ..study.study import Study
 
         dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
@@ -52,13 +52,6 @@ class Request:
         from ..study.presets import find_preset
 
         return "" if self.preset is None else f"{find_preset(self.preset).describe()}\n\n"
-
-
-def default_metrics(model: str, protocol: str) -> list[str]:
-    """Metrics where none are named: those that need no judge from elsewhere."""
-    if protocol == "teacher_forced":
-        return ["noise_cosine", "noise_l2"]
-    return ["clip_score", "latent_cosine"] if model == "emoji" else ["latent_cosine", "latent_l2"]
 
 
 def _option(text: str, panel: str) -> Any:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..effects.effects import Effects
-from ..effects.table import is_text
-from ..effects.wording import KIND_NAMES, counted, unit
 from ..errors import StudyError
+from ..findings.findings import Findings
+from ..findings.table import is_text
+from ..findings.wording import KIND_NAMES, counted, unit
 from . import style
 from .pictures import Picture, picture_grid
 
 __all__ = ["Picture", "heatmap", "picture_grid", "profile", "ranked"]
 
 
-def heatmap(effects: Effects, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
+def heatmap(effects: Findings, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
     """Draw where the effects are: token x layer for text sites, sites in network order (or x steps) for the UNet.
 
     Args:
@@ -52,7 +52,7 @@ def heatmap(effects: Effects, path: str | Path, *, metric: str | None = None, ti
     return style.save(fig, path)
 
 
-def profile(effects: Effects, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
+def profile(effects: Findings, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
     """Draw the mean effect of one site against depth, a line a kind.
 
     Args and result are those of `heatmap`.
@@ -69,7 +69,7 @@ def profile(effects: Effects, path: str | Path, *, metric: str | None = None, ti
     return style.save(fig, path)
 
 
-def ranked(effects: Effects, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
+def ranked(effects: Findings, path: str | Path, *, metric: str | None = None, title: str | None = None) -> Path:
     """Draw the strongest sites as bars with their intervals.
 
     Args and result are those of `heatmap`.
@@ -83,7 +83,7 @@ def ranked(effects: Effects, path: str | Path, *, metric: str | None = None, tit
     return style.save(fig, path)
 
 
-def _chosen(effects: Effects, metric: str | None) -> Effects:
+def _chosen(effects: Findings, metric: str | None) -> Findings:
     """The rows of one metric; refused where they differ in anything else that an effect's meaning depends on."""
     chosen = effects.where(metric=metric or effects.table["metric"].iloc[0])
     several = [name for name in chosen.meaning() if name != "metric"]
@@ -94,13 +94,13 @@ def _chosen(effects: Effects, metric: str | None) -> Effects:
     return chosen
 
 
-def _title(effects: Effects) -> str:
+def _title(effects: Findings) -> str:
     restoring = effects.table["base"].iloc[0] == "corrupted"
     verb = "What restoring one site brings back" if restoring else "What corrupting one site takes away"
     return f"{verb}: {_whose(effects)}"
 
 
-def _whose(effects: Effects) -> str:
+def _whose(effects: Findings) -> str:
     prompts = effects.table["prompt_id"].nunique()
     if prompts == 1:
         row = effects.table.iloc[0]
@@ -108,12 +108,12 @@ def _whose(effects: Effects) -> str:
     return f"mean of {prompts} prompts"
 
 
-def _units(effects: Effects) -> str:
+def _units(effects: Findings) -> str:
     metric = effects.table["metric"].iloc[0]
     return f"Scores: {metric}, {unit(metric)}." if unit(metric) != metric else f"Scores: {metric}."
 
 
-def _explanation(effects: Effects) -> str:
+def _explanation(effects: Findings) -> str:
     bar = "taller" if effects.table["base"].iloc[0] == "corrupted" else "shorter"
     text = (
         "Corrupted: noise on the subject's token embeddings. Clean: no noise. A darker cell, or a "

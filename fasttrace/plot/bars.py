@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..effects.effects import Effects
-from ..effects.wording import KIND_NAMES
+from ..findings.findings import Findings
+from ..findings.wording import KIND_NAMES
 from . import style
 
 SHOWN = 20
 
 
-def draw_ranked(fig: Any, effects: Effects) -> None:
+def draw_ranked(fig: Any, effects: Findings) -> None:
     """One bar a site, strongest first, at most `SHOWN` of them; whiskers are 95% intervals over prompts."""
     several = effects.table["token_role"].nunique() > 1
     table = effects.rank(by=["site", "kind", "token_role"] if several else ["site", "kind"])

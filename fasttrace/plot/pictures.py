@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..effects.wording import number
 from ..errors import StudyError
+from ..findings.wording import number
 from . import style
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..effects.effects import Effects
-from ..effects.table import Groups, is_text
-from ..effects.wording import KIND_NAMES, number
+from ..findings.findings import Findings
+from ..findings.table import Groups, is_text
+from ..findings.wording import KIND_NAMES, number
 from . import style
 
 KINDS = ("hidden", "mlp", "self_attn")
 _ROLES = ("bos", "before", "subject_first", "subject", "subject_last", "after", "eos", "pad")
 
 
-def draw_text(fig: Any, effects: Effects) -> None:
+def draw_text(fig: Any, effects: Findings) -> None:
     """Draw text sites into a figure or subfigure; a row of panels for each text encoder.
 
     A cell is the mean score of its restored runs, so that it can be held against the two baselines at the ends of the
@@ -41,7 +41,7 @@ def draw_text(fig: Any, effects: Effects) -> None:
         line[0].set_ylabel(part if len(parts) > 1 else "token" if _by_token(table) else "token role", fontsize=9.5)
 
 
-def rows_shown(effects: Effects) -> int:
+def rows_shown(effects: Findings) -> int:
     """How many rows `draw_text` makes, to size a figure by."""
     table = effects.to_pandas()
     table = table[is_text(table)]

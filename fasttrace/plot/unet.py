@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..effects.effects import Effects
-from ..effects.table import Groups, network_order
-from ..effects.wording import KIND_NAMES, block, number, unet_place
+from ..findings.findings import Findings
+from ..findings.table import Groups, network_order
+from ..findings.wording import KIND_NAMES, block, number, unet_place
 from . import style
 
 
-def draw_sites(fig: Any, effects: Effects) -> None:
+def draw_sites(fig: Any, effects: Findings) -> None:
     """One bar a site, in network order from left to right, one panel a kind; whiskers are 95% intervals over prompts.
 
     The lines are the two baselines: no effect (the run that is patched) and, dashed, the other run.
@@ -56,7 +56,7 @@ def draw_sites(fig: Any, effects: Effects) -> None:
     axes[-1].set_xlabel("sites in the order in which the UNet runs them →", fontsize=9.5)
 
 
-def draw_steps(fig: Any, effects: Effects) -> None:
+def draw_steps(fig: Any, effects: Findings) -> None:
     """Site (down, in network order) by steps (across); one panel a kind, on one scale from corrupted to clean."""
     effects = effects.where(part="unet")
     table = effects.to_pandas()
@@ -85,7 +85,7 @@ def draw_steps(fig: Any, effects: Effects) -> None:
         style.scale(fig, image, axis, ["corrupted\n0", f"clean\n{number(total)}"])
 
 
-def draw_profile(fig: Any, effects: Effects) -> None:
+def draw_profile(fig: Any, effects: Findings) -> None:
     """Mean effect of a site against depth, one line a kind: UNet blocks or text layers from left to right."""
     table = effects.to_pandas()
     panels = [("UNet", table[table["part"] == "unet"]), ("text encoder", table[table["part"] != "unet"])]
@@ -94,7 +94,7 @@ def draw_profile(fig: Any, effects: Effects) -> None:
     for (name, part), axis in zip(panels, axes, strict=True):
         unet = name == "UNet"
         depth = part["site"].map(block) if unet else part["part"].astype(str) + " " + part["layer"].astype(str)
-        chosen = Effects(part.assign(depth=depth), effects.record)
+        chosen = Findings(part.assign(depth=depth), effects.record)
         order = list(dict.fromkeys(part.assign(d=depth).sort_values("site", key=_network_ranks)["d"]))
         result = chosen.aie(by=["kind", "depth"])
         for kind in [kind for kind in (*KIND_NAMES, "head") if kind in set(result["kind"])]:
@@ -118,7 +118,7 @@ def _network_ranks(names: pd.Series) -> pd.Series:
     return names.map(place)
 
 
-def _total(effects: Effects) -> float:
+def _total(effects: Findings) -> float:
     return float(effects.table.groupby("prompt_id")["total_effect"].mean().mean())
 
 

@@ -20,16 +20,18 @@ from pathlib import Path
 import pandas as pd
 
 from .. import plot
-from ..effects.effects import Effects
 from ..errors import StudyError
-from ..study.store import load_effects
+from ..findings.findings import Findings
+from ..findings.summary import summarize
 from . import page
 from .pictures import draw_pictures
 
 MARK = "index.html"
 
 
-def report(effects: Effects | str | Path, out: str | Path | None = None, *, pictures: str | Path | None = None) -> Path:
+def report(
+    effects: Findings | str | Path, out: str | Path | None = None, *, pictures: str | Path | None = None
+) -> Path:
     """Write a report.
 
     Args:
@@ -43,9 +45,9 @@ def report(effects: Effects | str | Path, out: str | Path | None = None, *, pict
     Raises:
         StudyError: no finished run, no ``out`` for effects in memory, or an ``out`` that holds something else.
     """
-    if not isinstance(effects, Effects):
+    if not isinstance(effects, Findings):
         folder = Path(effects)
-        effects = Effects(*load_effects(folder))
+        effects = Findings.load(folder)
         out = folder / "report" if out is None else out
         pictures = folder / "pictures" if pictures is None else pictures
     if out is None:
@@ -64,9 +66,9 @@ def report(effects: Effects | str | Path, out: str | Path | None = None, *, pict
     return target / MARK
 
 
-def _write(effects: Effects, folder: Path, pictures: Path | None) -> None:
+def _write(effects: Findings, folder: Path, pictures: Path | None) -> None:
     effects.save(folder)
-    sections = [page.words("What was found", effects.summary())]
+    sections = [page.words("What was found", summarize(effects))]
     if pictures is not None and (grids := draw_pictures(effects, pictures, folder)):
         sections.append(page.figures("What it looks like", grids))
     for title, name, one in _parts(effects):
@@ -85,7 +87,7 @@ def _write(effects: Effects, folder: Path, pictures: Path | None) -> None:
     (folder / MARK).write_text(page.document(effects, sections), encoding="utf-8")
 
 
-def _parts(effects: Effects) -> Iterator[tuple[str, str, Effects]]:
+def _parts(effects: Findings) -> Iterator[tuple[str, str, Findings]]:
     """Title, file name and rows of each part: one metric, and one setting of all else that effects depend on."""
     columns = effects.meaning()
     used: list[str] = []
@@ -98,7 +100,7 @@ def _parts(effects: Effects) -> Iterator[tuple[str, str, Effects]]:
         yield f"{pairs['metric']}{rest}", used[-1] if again == 1 else f"{used[-1]}-{again}", effects.where(**pairs)
 
 
-def _tables(effects: Effects) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _tables(effects: Findings) -> Iterator[tuple[str, str, pd.DataFrame]]:
     keys = ["site", "kind", "layer"]
     if effects.table["token_role"].nunique() > 1:
         keys.append("token_role")
@@ -110,7 +112,7 @@ def _tables(effects: Effects) -> Iterator[tuple[str, str, pd.DataFrame]]:
     yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", effects.normalized(by=keys)
 
 
-def _prompts(effects: Effects) -> pd.DataFrame:
+def _prompts(effects: Findings) -> pd.DataFrame:
     keys = ["prompt_id", "prompt", "subject", "attribute", "metric"]
     means = effects.table.groupby(keys, sort=False)[["clean", "corrupted", "total_effect"]].mean()
     means["seeds"] = effects.table.groupby(keys, sort=False)["seed"].nunique()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..effects.effects import Effects
-from ..effects.wording import counted, number
+from ..findings.findings import Findings
+from ..findings.wording import counted, number
 
 ROWS_SHOWN = 15
 
@@ -39,7 +39,7 @@ _COLUMNS = {
 }
 
 
-def document(effects: Effects, sections: Sequence[str]) -> str:
+def document(effects: Findings, sections: Sequence[str]) -> str:
     """The whole page."""
     table = effects.table
     model = effects.record.get("model") or {}

@@ -9,16 +9,16 @@ import numpy as np
 from PIL import Image
 
 from .. import plot
-from ..effects.effects import Effects
-from ..effects.wording import site_label, unit
 from ..errors import StudyError
+from ..findings.findings import Findings
+from ..findings.folder import read_json
+from ..findings.wording import site_label, unit
 from ..plot.style import COLORS, INK, MUTED
-from ..study.store import read_json
 
 ROWS_A_GRID, GRIDS = 8, 4
 
 
-def draw_pictures(effects: Effects, source: Path, folder: Path) -> list[str]:
+def draw_pictures(effects: Findings, source: Path, folder: Path) -> list[str]:
     """Write ``pictures-1.png`` and so on: a row for each (prompt, seed, noise sample), at most `GRIDS` grids.
 
     Args:
@@ -55,7 +55,7 @@ def draw_pictures(effects: Effects, source: Path, folder: Path) -> list[str]:
     return names
 
 
-def _picture(effects: Effects, source: Path, entry: dict[str, Any]) -> plot.Picture:
+def _picture(effects: Findings, source: Path, entry: dict[str, Any]) -> plot.Picture:
     file = source / Path(entry["file"]).name
     if not file.is_file():
         raise StudyError(f"{file} is listed in index.json but not there: run the study again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from ..engine.text.trace import trace_text
 from ..patch import ZERO, Patch, Source
 from ..pipeline import Condition, default_time_ids, needs_added
 from ..prompts import TokenizedPrompt
-from .plan import PromptPlan, TextPatches, patch_source
-
-if TYPE_CHECKING:
-    from .study import Study
+from .groups import PromptPlan, TextPatches, patch_source
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class TextStates:
         return Condition(self.restored[sample, text], pooled, self.clean.time_ids)
 
 
-def text_states(study: Study, plan: PromptPlan, means: Mapping[str, Tensor], engine: str) -> TextStates:
+def text_states(study: Settings, plan: PromptPlan, means: Mapping[str, Tensor], engine: str) -> TextStates:
     """Run every text encoder on one prompt, clean, corrupted and patched, for all noise samples.
 
     A patch in one encoder leaves the others at the base. What the UNet reads of each encoder is put together as the
@@ -67,7 +65,7 @@ States = tuple[Tensor, Tensor, Tensor]
 """Clean ``[T, D]``, corrupted ``[S, T, D]``, and one restored state for each of the plan's texts, ``[S, K, T, D]``."""
 
 
-def _trace_part(study: Study, plan: PromptPlan, part: str, means: Mapping[str, Tensor], engine: str) -> list[States]:
+def _trace_part(study: Settings, plan: PromptPlan, part: str, means: Mapping[str, Tensor], engine: str) -> list[States]:
     """One encoder: for each output that the UNet reads of it, the states of every text of the plan."""
     encoder, tokens = getattr(study.pipe, part), study.tokens[part][plan.prompt.id]
     assert study.sigma is not None
@@ -103,7 +101,7 @@ def _trace_part(study: Study, plan: PromptPlan, part: str, means: Mapping[str, T
     return outputs
 
 
-def _patches(study: Study, text: TextPatches, means: Mapping[str, Tensor]) -> tuple[Patch, ...]:
+def _patches(study: Settings, text: TextPatches, means: Mapping[str, Tensor]) -> tuple[Patch, ...]:
     source = patch_source(study.source)
     return tuple(Patch(site, positions, source=_value(source, site, means)) for site, positions in text)
 
@@ -112,7 +110,7 @@ def _value(source: str, site: str, means: Mapping[str, Tensor]) -> Source:
     return ZERO if source == "zero" else means[site] if source == "mean" else source
 
 
-def _ids(study: Study, part: str, text: str) -> list[int]:
+def _ids(study: Settings, part: str, text: str) -> list[int]:
     tokenizer = study.tokenizer(part)
     encoded = tokenizer(text, padding="max_length", truncation=True, max_length=tokenizer.model_max_length)
     return [int(token) for token in encoded["input_ids"]]

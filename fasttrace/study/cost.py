@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.denoise.calls import batch_size
 from ..engine.denoise.trace import UNetPlanSummary, plan_summary
+from .groups import Group, PromptPlan
 from .job import Job, Options
-from .plan import Plan
-from .study import INJECT
+from .settings import INJECT, Settings
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,13 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(plan: Plan) -> Estimate:
+def estimate(study: Settings, prompts: Sequence[PromptPlan], groups: Sequence[Group]) -> Estimate:
     """Count groups, runs, UNet forwards, operations and memory of a study; no forward pass of the UNet."""
-    study, groups = plan.study, plan.groups
     forwards, naive, tflop, naive_tflop, calls, batch, memory = 0.0, 0, 0.0, 0.0, 0, 0, 0
-    job = Job(plan, Options()) if study.needs_unet else None
+    job = Job(study, Options()) if study.needs_unet else None
     # Prompts differ in how many of their runs are distinct, and in nothing else that costs.
     counted: dict[tuple[int, int], UNetPlanSummary] = {}
-    for prompt in plan.prompts if job is not None else ():
+    for prompt in prompts if job is not None else ():
         assert job is not None
         count, key = sum(group.plan is prompt for group in groups), (len(prompt.texts), len(prompt.distinct))
         if key not in counted:
@@ -89,9 +89,9 @@ def estimate(plan: Plan) -> Estimate:
         memory = max(memory, summary.memory_bytes)
     return Estimate(
         groups=len(groups),
-        runs=plan.run_count,
+        runs=sum(len(group.plan.runs) for group in groups),
         distinct=sum(len(group.plan.distinct) for group in groups) if job is not None else 0,
-        text_runs=sum(len(one.texts) for one in plan.prompts) * study.corruption.samples,
+        text_runs=sum(len(one.texts) for one in prompts) * study.corruption.samples,
         forwards=forwards,
         naive=naive,
         tflop=tflop,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.denoise.request import UNetRequest
 from ..engine.hooks import uncompiled
+from ..engine.requests.denoise import UNetRequest
 from ..pipeline import Condition
 from ..sites import Site
 from .axes import Steps

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.denoise.request import Added, UNetRequest, unet_request
 from ..engine.denoise.trace import MOST_GROUPS, UNetTrace, plan_summary, run_request, trace_unet_many
+from ..engine.requests.denoise import Added, UNetRequest, unet_request
 from ..patch import ZERO, Patch
 from ..pipeline import Condition, encode_negative, encode_prompt, latent_shape
 from ..prompts import Prompt
 from ..sites import Site
 from .conditions import TextStates, text_states
+from .groups import Group, PromptPlan, Run, patch_source, unet_patches
 from .injection import trace_injected
 from .means import text_means, unet_means
-from .plan import Group, Plan, PromptPlan, Run, patch_source
-from .study import INJECT
+from .settings import INJECT, Settings
 
 # Results of one batch of groups, in bytes; they are held until they are scored.
 RESULT_BYTES = 512 * 2**20
@@ -70,8 +70,8 @@ class Options:
 class Job:
     """A study being run."""
 
-    def __init__(self, plan: Plan, options: Options) -> None:
-        self.plan, self.study, self._options = plan, plan.study, options
+    def __init__(self, study: Settings, options: Options) -> None:
+        self.study, self._options = study, options
         self._states: tuple[str, TextStates] | None = None
         self._encoded: tuple[str, Condition] | None = None
         self._negative = encode_negative(self.study.pipe, self.study.negative_prompt) if self.study.needs_unet else None
@@ -183,7 +183,7 @@ class Job:
 
     def _patches(self, run: Run, counting: bool) -> tuple[Patch, ...]:
         """A run's UNet patches, with sources that are values in place of their names; any value will do to count."""
-        patches = self.plan.unet_patches(run)
+        patches = unet_patches(self.study, run)
         if self.study.source == "zero" or (counting and self.study.source == "mean"):
             return tuple(Patch(one.site, one.positions, one.steps, one.branch, ZERO) for one in patches)
         if self.study.source != "mean":

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.denoise.request import UNetRequest
 from ..engine.denoise.trajectory import Trajectories
 from ..engine.hooks import uncompiled, value_hooks
+from ..engine.requests.denoise import UNetRequest
 from ..engine.values import to_positions
 from ..pipeline import Condition, encode_prompt, timestep_condition
 from ..sites import Site
 from .conditions import attention_mask
-
-if TYPE_CHECKING:
-    from .study import Study
+from .settings import Settings
 
 
-def text_means(study: Study, sites: list[Site]) -> dict[str, Tensor]:
+def text_means(study: Settings, sites: list[Site]) -> dict[str, Tensor]:
     """Mean over prompts of each text site's clean value at each position, ``[T, D]`` by site name."""
     sums: dict[str, Tensor] = {}
     pairs: list[tuple[Site, Callable[[Tensor], None]]] = []
@@ -45,7 +42,7 @@ def text_means(study: Study, sites: list[Site]) -> dict[str, Tensor]:
 
 
 def unet_means(
-    study: Study, sites: list[Site], request_of: Callable[[Condition, int], UNetRequest]
+    study: Settings, sites: list[Site], request_of: Callable[[Condition, int], UNetRequest]
 ) -> dict[str, Tensor]:
     """Mean over prompts, seeds and pixels of each UNet site's clean value, ``[S, C]`` by site name.
 

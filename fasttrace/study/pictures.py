@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..effects.effects import Effects
+from ..findings.folder import write_json
 from ..pipeline import decode_latents
 from .axes import step_span
-from .plan import Group, Plan
-from .store import write_json
+from .groups import Group
+from .plan import Plan
 
 FOLDER, INDEX = "pictures", "index.json"
 

@@ -114,3 +114,10 @@ def preset_study(name: str, pipe: Any, prompts: Any, **overrides: Any) -> Study:
     """
     settings = {key: setting.value for key, setting in find_preset(name).settings.items()}
     return Study(pipe, prompts, **{**settings, "preset": name, **overrides})
+
+
+def default_metrics(model: str, protocol: str) -> list[str]:
+    """Metrics where none are named: those that need no judge from elsewhere."""
+    if protocol == "teacher_forced":
+        return ["noise_cosine", "noise_l2"]
+    return ["clip_score", "latent_cosine"] if model == "emoji" else ["latent_cosine", "latent_l2"]

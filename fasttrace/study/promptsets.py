@@ -81,7 +81,7 @@ def parse_prompts(lines: Iterable[str], name: str) -> tuple[Prompt, ...]:
 
 def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
     """Write prompts as JSONL, so that `load_prompts` gives them back."""
-    from .store import replacing
+    from ..findings.folder import replacing
 
     lines = []
     for prompt in prompts:

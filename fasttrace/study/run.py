@@ -12,14 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..effects.effects import Effects
-from ..effects.table import canonical_order
 from ..errors import StudyError
+from ..findings.folder import PARTIAL, RECORD, read_json
+from ..findings.joining import CIRCUMSTANCES
+from ..findings.table import canonical_order
+from .groups import Group
 from .job import Job, Options
 from .pictures import save_pictures
-from .plan import Group, Plan
-from .record import CIRCUMSTANCES, study_record
+from .plan import Plan
+from .record import study_record
 from .scoring import GroupScores, table_rows
-from .store import PARTIAL, RECORD, Shards, check_same, content_hash, load_effects, read_json
+from .store import Shards, check_same, content_hash
 from .study import Study
 
 
@@ -65,7 +68,7 @@ def run(
     if not overwrite and (folder / RECORD).is_file():
         check_same(_settings(read_json(folder / RECORD)), settings, folder)
         if not (folder / PARTIAL).exists():
-            return Effects(*load_effects(folder))
+            return Effects.load(folder)
     new = not folder.exists()
     shards = Shards(folder, settings, overwrite)
     job = _Run(plan, options, shards, settings)
@@ -104,7 +107,7 @@ class _Run:
         """Run groups, and keep each when its last piece is scored."""
         study, tables = self.plan.study, []
         under_way = GroupScores([], [])
-        for traced in Job(self.plan, self._options).trace(groups, bar.update):
+        for traced in Job(self.plan.study, self._options).trace(groups, bar.update):
             under_way.add(study, traced, keep_latents=self.shards is not None)
             if not traced.piece.last:
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..effects.table import COLUMNS
+from ..findings.table import COLUMNS
 from ..metrics.metrics import RunBatch
 from ..pipeline import decode_latents
 from .axes import step_span
+from .groups import Group
 from .job import Traced
-from .plan import Group
-
-if TYPE_CHECKING:
-    from .study import Study
+from .settings import Settings
 
 Scores = npt.NDArray[np.float64]
 
@@ -28,7 +25,7 @@ Scores = npt.NDArray[np.float64]
 _BATCH = 64
 
 
-def score(study: Study, traced: Traced) -> Scores:
+def score(study: Settings, traced: Traced) -> Scores:
     """Scores ``[metrics, 2 + n]`` of a piece: clean, corrupted, then its ``n`` runs."""
     batches = [
         [metric.score(batch).numpy().astype(np.float64) for metric in study.resolved_metrics]
@@ -37,7 +34,7 @@ def score(study: Study, traced: Traced) -> Scores:
     return np.concatenate([np.stack(scores) for scores in batches], axis=1)
 
 
-def _batches(study: Study, traced: Traced) -> Iterator[RunBatch]:
+def _batches(study: Settings, traced: Traced) -> Iterator[RunBatch]:
     prompt = traced.piece.group.plan.prompt
     text = prompt.target if study.scored_text == "target" else prompt.text
     needs = {metric.needs for metric in study.resolved_metrics}
@@ -79,8 +76,8 @@ def _text(traced: Traced, rows: slice) -> Tensor:
     return torch.cat([ends[rows], states.restored[group.noise_sample, texts]])
 
 
-def _timesteps(study: Study) -> Tensor:
-    from ..engine.denoise.trajectory import new_scheduler
+def _timesteps(study: Settings) -> Tensor:
+    from ..engine.schedule import new_scheduler
 
     timesteps: Tensor = new_scheduler(
         study.traced_pipe.scheduler, study.num_inference_steps, torch.device("cpu")
@@ -88,7 +85,7 @@ def _timesteps(study: Study) -> Tensor:
     return timesteps
 
 
-def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
+def table_rows(study: Settings, group: Group, scores: Scores) -> pd.DataFrame:
     """The rows of one group.
 
     Args:
@@ -97,7 +94,7 @@ def table_rows(study: Study, group: Group, scores: Scores) -> pd.DataFrame:
         scores: ``[metrics, 2 + n]``: clean, corrupted, and the ``n`` distinct runs of the plan.
 
     Returns:
-        One row a (run, metric), with the columns of `fasttrace.effects.table.COLUMNS`. ``total_effect`` is
+        One row a (run, metric), with the columns of `fasttrace.findings.table.COLUMNS`. ``total_effect`` is
         clean - corrupted.
         ``indirect_effect`` is restored - base: what the patch changed in the run that it was applied to. That is
         restored - corrupted in restoring; in noising (``base="clean"``) restored - clean, negative where a site is
@@ -136,7 +133,7 @@ class GroupScores:
     scores: list[Scores]
     latents: list[Tensor]
 
-    def add(self, study: Study, traced: Traced, keep_latents: bool) -> None:
+    def add(self, study: Settings, traced: Traced, keep_latents: bool) -> None:
         skip = 0 if traced.piece.first else 2
         self.scores.append(score(study, traced)[:, skip:])
         if keep_latents and traced.trace is not None and study.protocol == "free":

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from fasttrace.effects.effects import Effects
-from fasttrace.effects.table import COLUMNS, canonical_order, network_order
 from fasttrace.errors import StudyError
+from fasttrace.findings.table import COLUMNS, canonical_order, network_order
 from fasttrace.sites import discover_sites, part_sites
 from fasttrace.zoo import random_pipeline
 from tests.engine.text_models import text_model

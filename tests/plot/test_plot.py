@@ -9,8 +9,8 @@ from PIL import Image
 
 from fasttrace import plot
 from fasttrace.effects.effects import Effects
-from fasttrace.effects.wording import counted, number, site_label, unet_place
 from fasttrace.errors import StudyError
+from fasttrace.findings.wording import counted, number, site_label, unet_place
 from fasttrace.plot import style
 from fasttrace.plot.bars import draw_ranked
 from fasttrace.plot.text import draw_text, rows_shown

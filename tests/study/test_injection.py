@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fasttrace as ft
-from fasttrace.engine.denoise.request import UNetRequest, unet_request
+from fasttrace.engine.requests.denoise import UNetRequest, unet_request
 from fasttrace.pipeline import Condition, encode_negative, encode_prompt
 from fasttrace.study.injection import Injection, trace_injected
 from fasttrace.study.schedulers import with_scheduler

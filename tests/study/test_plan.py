@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import fasttrace as ft
 from fasttrace.errors import StudyError
 from fasttrace.study.axes import parse_steps, step_span
-from fasttrace.study.plan import Plan, Run
+from fasttrace.study.groups import Run, unet_patches
+from fasttrace.study.plan import Plan
 from tests.pipelines import tiny_pipeline
 
 APPLE = ft.Prompt("a red apple on a table", "apple", id="apple")
@@ -31,7 +32,7 @@ def test_each_unet_site_is_one_run_that_patches_all_of_it(tiny_sd15: Any) -> Non
     made = plan(tiny_sd15, APPLE)
     sites = [site for site in ft.discover_sites(tiny_sd15) if site.part == "unet"]
     assert [run.site_set.label for run in runs_of(made, "apple")] == [site.name for site in sites]
-    patches = [made.unet_patches(run) for run in runs_of(made, "apple")]
+    patches = [unet_patches(made.study, run) for run in runs_of(made, "apple")]
     assert [(one.site, one.positions, one.steps, one.branch, one.source) for (one,) in patches] == [
         (site.name, None, None, "cond", "clean") for site in sites
     ]
@@ -152,7 +153,7 @@ def test_a_set_of_sites_is_one_run_named_as_it_was_asked_for(tiny_sdxl: Any) -> 
     assert text.text == tuple((name, (3,)) for name in both)
     assert unet.site_set.label == "unet.*attn2 + unet.mid*"
     assert unet.site_set.kind.split("+")[0] in ("resnet", "cross_attn")
-    names = [patch.site for patch in made.unet_patches(unet)]
+    names = [patch.site for patch in unet_patches(made.study, unet)]
     assert names == [
         site.name for site in ft.discover_sites(tiny_sdxl) if site.part == "unet" and
         (site.name.endswith("attn2") or site.name.startswith("unet.mid"))
@@ -207,18 +208,17 @@ def test_a_role_that_a_prompt_lacks_and_a_position_beyond_it_are_refused(tiny_sd
 
 
 def test_the_summary_counts_what_runs_beside_what_naive_code_would(tiny_sd15: Any) -> None:
-    from fasttrace.study.cost import estimate
 
     made = plan(tiny_sd15, APPLE, CATS, sites="text", positions=["subject", "all", [0]], seeds=[0, 1])
-    counted = estimate(made)
+    counted = made.estimate()
     assert (counted.groups, counted.runs, counted.distinct) == (4, 4 * 27, 4 * 18)
     assert counted.text_runs == 2 * 18
     assert counted.naive == 3 * counted.runs * 5 * 2
     assert counted.forwards < counted.naive / 3
     for number in (counted.groups, counted.runs, counted.text_runs, counted.naive):
         assert f"{number:,}" in made.summary()
-    grid = estimate(plan(tiny_sd15, APPLE, steps="each"))
-    whole = estimate(plan(tiny_sd15, APPLE))
+    grid = plan(tiny_sd15, APPLE, steps="each").estimate()
+    whole = plan(tiny_sd15, APPLE).estimate()
     assert grid.naive == 5 * whole.naive
     assert grid.forwards < 5 * whole.forwards
     assert "no denoising" in plan(tiny_sd15, APPLE, sites="text", metrics=["text_l2"]).summary()

@@ -21,7 +21,7 @@ from fasttrace.study.job import Job, Options
 from fasttrace.study.record import study_record
 from fasttrace.study.run import run
 from fasttrace.study.schedulers import SCHEDULERS
-from fasttrace.study.screen import screen
+from fasttrace.study.screening import screen
 from tests.pipelines import TINY, tiny_pipeline
 from tests.study_cases import APPLE, CAT, EXACT, assert_same, study, table, traced
 
@@ -69,7 +69,7 @@ def test_results_too_large_for_memory_come_in_pieces(
     metric = {"free": "latent_l2", "teacher_forced": "noise_l2"}[protocol]
     made = study(exact, sites=["unet.mid*", "text_encoder.*.mlp"], positions="eos", protocol=protocol, metrics=[metric])
     whole = table(made)
-    monkeypatch.setattr(job_module, "RESULT_BYTES", 3 * Job(made.plan(), Options())._run_bytes())
+    monkeypatch.setattr(job_module, "RESULT_BYTES", 3 * Job(made, Options())._run_bytes())
     assert_same(table(made), whole)
 
 
@@ -224,7 +224,7 @@ def test_the_mean_of_one_run_is_that_run(exact: Any) -> None:
     exact(APPLE.text, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent")
     handle.remove()
     made = study(exact, prompts=[APPLE], sites=site.name, source="mean", base="clean", scheduler="pndm")
-    means = Job(made.plan(), Options())._means[1][site.name]
+    means = Job(made, Options())._means[1][site.name]
     torch.testing.assert_close(means, torch.stack(values), rtol=0, atol=EXACT)
     by_hand = ft.trace_unet(
         made.traced_pipe, (states := traced(made).states).clean.embeds, states.corrupted[0].embeds,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fasttrace.errors import StudyError
-from fasttrace.study.store import Shards, content_hash, load_effects, read_json, replacing, save_effects, write_json
+from fasttrace.findings.folder import load_effects, read_json, replacing, save_effects, write_json
+from fasttrace.study.store import Shards, content_hash
 
 TABLE = pd.DataFrame({"site": ["a", "b"], "position": pd.array([1, None], dtype="Int64"), "restored": [0.5, 0.25]})
 

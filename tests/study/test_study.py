@@ -14,8 +14,7 @@ import torch
 import fasttrace as ft
 from fasttrace.errors import FasttraceError, MetricError, PromptError, SiteError, StudyError
 from fasttrace.study.presets import PRESETS, find_preset, preset_study
-from fasttrace.study.reading import field_lines
-from fasttrace.study.record import fingerprint, study_record
+from fasttrace.study.record import field_lines, fingerprint, study_record
 from tests.pipelines import tiny_pipeline
 
 APPLE = ft.Prompt("a red apple on a table", "apple", id="apple", target="a red pizza on a table")

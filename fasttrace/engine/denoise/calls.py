@@ -10,6 +10,7 @@ from torch import Tensor
 from ...models.attention import has_hooks
 from ...models.unet import describe_unet, text_keys
 from ...pipeline import Condition, timestep_condition
+from ..requests.denoise import UNetRequest
 from .compile import CompiledUNet
 from .cost import Cost, cost_of
 from .execute import Trail
@@ -18,7 +19,6 @@ from .memory import BatchSize, is_out_of_memory
 from .packing import BUCKET
 from .patching import Cache
 from .plan import CallPlan, plan_calls
-from .request import UNetRequest
 from .runs import Key, Row
 from .shadow import shadow_of
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..requests.denoise import UNetRequest
 from .calls import UNetCalls
-from .request import UNetRequest
 from .runs import CORRUPTED, Group, Key, Row, distinct_runs, forced_rows, free_rows
 from .trajectory import Trajectories
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import ModelError, NumericsError
 from ...patch import PatchSet
 from ..oracle.denoise import trace_unet_oracle
+from ..requests.denoise import PROTOCOLS, Added, UNetRequest, unet_request
 from ..values import nan_rows
-from .request import PROTOCOLS, Added, UNetRequest, unet_request
 
 MOST_GROUPS = 8
 """Requests that take their steps together: more fill no batch better, and delay the first trace."""

@@ -18,7 +18,7 @@ from ..hooks import uncompiled, value_hooks
 from ..values import apply_patch
 
 if TYPE_CHECKING:
-    from ..denoise.request import UNetRequest
+    from ..requests.denoise import UNetRequest
 
 Values = dict[tuple[int, str], Tensor]
 """Values of one run by step and site, ``[branches, ...]``."""

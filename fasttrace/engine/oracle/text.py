@@ -15,7 +15,7 @@ from ..hooks import hooks, uncompiled, value_hooks
 from ..values import apply_patch, with_first
 
 if TYPE_CHECKING:
-    from ..text.request import TextRequest
+    from ..requests.text import TextRequest
 
 Values = dict[str, Tensor]
 """Values of one run by site, ``[T, D]``."""

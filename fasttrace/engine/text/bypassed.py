@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ...models.liveness import liveness
 from ...models.text.families import text_body, text_head, text_model
-from ...models.text.units import INPUTS, OUTPUTS, run_units, text_forward, text_units
-from ..values import value_hooks
+from ...models.text.units import run_units, text_forward, text_units
+from ..hooks import value_hooks
+from ..requests.text import TextRequest, encoder_path
 from .linear import on_packed
-from .request import TextRequest, encoder_path
 
 
 def check_bypassed(request: TextRequest) -> None:
@@ -85,7 +84,8 @@ def _own_and_served(request: TextRequest) -> Iterator[tuple[Tensor, Tensor]]:
         own: Any = _entry(request)(input_ids=ids[None], attention_mask=None if mask is None else mask[None])
     described = text_model(request.encoder)
     forward, units = text_forward(described, len(ids), mask), text_units(described)
-    end = 1 + liveness(units, INPUTS, OUTPUTS).place[encoder_path(deepest.name)]
+    path = encoder_path(deepest.name)
+    end = 1 + next(place for place, unit in enumerate(units) if any(point.path == path for point in unit.sites))
     values = run_units(units[:end], forward, ids=ids[None])
     yield seen[0][0, read], values["x"][0, read]
     states = run_units(units[end:], forward, **values)["states"][0]

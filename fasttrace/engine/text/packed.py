@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...models.text.description import Heads, Layer, TextModel, attended
 from ...models.text.families import text_head, text_model
+from ..requests.text import TextRequest
 from .attention import suffix_attention
 from .bypassed import check_bypassed
 from .compile import compile_plan
 from .entries import FlatPatches, differs_from, flatten, given_rows, split_entries
 from .linear import linear_calls, on_packed
 from .plan import ATTN, HIDDEN, MLP, Attention, Chunk, HeadPatches, LayerPlan, Stage, TextPlan, TextShape
-from .request import TextRequest
 
 # Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
 _CHUNK_ROWS = {"cpu": 8192}

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import ModelError, NumericsError
 from ...patch import PatchSet
 from ..oracle.text import trace_text_oracle
+from ..requests.text import TextRequest, Tokens, encoder_path, text_request
 from ..values import nan_rows
-from .request import TextRequest, Tokens, encoder_path, text_request
 
 __all__ = [
     "TextPart",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...corruption import GaussianNoise
-from ...effects.statistics import mean_interval
 from ...engine.text.trace import trace_text
+from ...findings.statistics import mean_interval
 from ...metrics.scorers import Scorer, clip_scores
 from ...prompts import Prompt
 from . import judge as judging

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .effects import Effects
+from .findings import Findings
 from .statistics import mean_interval
 from .wording import KIND_NAMES, counted, number
 
 FEW_PROMPTS = 10
 
 
-def summarize(effects: Effects, by: str | Sequence[str] | None = None) -> str:
+def summarize(effects: Findings, by: str | Sequence[str] | None = None) -> str:
     """Paragraphs on each metric of a table.
 
     Args:
@@ -38,7 +38,7 @@ def summarize(effects: Effects, by: str | Sequence[str] | None = None) -> str:
     return "\n".join(paragraphs)
 
 
-def _default_keys(effects: Effects) -> list[str]:
+def _default_keys(effects: Findings) -> list[str]:
     keys = ["site"]
     if effects.table["token_role"].nunique() > 1:
         keys.append("token_role")
@@ -47,7 +47,7 @@ def _default_keys(effects: Effects) -> list[str]:
     return keys
 
 
-def _what_was_done(effects: Effects) -> str:
+def _what_was_done(effects: Findings) -> str:
     table = effects.table
     prompts = table["prompt_id"].nunique()
     seeds = table.groupby("prompt_id")["seed"].nunique()
@@ -64,7 +64,7 @@ def _what_was_done(effects: Effects) -> str:
     )
 
 
-def _what_corruption_did(effects: Effects) -> str:
+def _what_corruption_did(effects: Findings) -> str:
     means = effects.table.groupby("prompt_id")[["clean", "corrupted", "total_effect"]].mean()
     low, high = (float(end) for end in mean_interval(means["total_effect"].to_numpy()))
     clean, corrupted, total = means.mean()
@@ -81,7 +81,7 @@ def _what_corruption_did(effects: Effects) -> str:
     return text
 
 
-def _what_sites_did(effects: Effects, keys: list[str]) -> str:
+def _what_sites_did(effects: Findings, keys: list[str]) -> str:
     ranked, needed = effects.rank(by=keys), effects.direction() < 0
     top = ranked.iloc[0]
     share = "" if pd.isna(top["share"]) else f", {100 * abs(top['share']):.0f}% of the total effect"
@@ -121,7 +121,7 @@ def _name(row: pd.Series, keys: list[str]) -> str:
     return name
 
 
-def _how_sure(effects: Effects) -> str:
+def _how_sure(effects: Findings) -> str:
     prompts = effects.table["prompt_id"].nunique()
     if prompts == 1:
         return (

@@ -6,13 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from ..effects.effects import Effects
-from ..effects.wording import KIND_NAMES, number
+from ..findings.findings import Findings
+from ..findings.summary import summarize
+from ..findings.wording import KIND_NAMES, number
 
 SHOWN = 8
 
 
-def show_effects(effects: Effects, console: Any, shown: int = SHOWN) -> None:
+def show_effects(effects: Findings, console: Any, shown: int = SHOWN) -> None:
     """Print the strongest effects in the first metric, and the summary.
 
     Args:
@@ -23,10 +24,10 @@ def show_effects(effects: Effects, console: Any, shown: int = SHOWN) -> None:
     if effects.meaning() == ["metric"]:
         console.print(ranking(effects.where(metric=effects.table["metric"].iloc[0]), shown))
     console.print()
-    console.print(effects.summary(), highlight=False, markup=False)
+    console.print(summarize(effects), highlight=False, markup=False)
 
 
-def ranking(effects: Effects, shown: int) -> Any:
+def ranking(effects: Findings, shown: int) -> Any:
     """A rich table of the strongest effects of one metric."""
     from rich.table import Table
 

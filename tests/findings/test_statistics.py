@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fasttrace.effects.statistics import expanded_confidence, mean_interval, rank_interval, ratio_interval, sign_flip_p
+from fasttrace.findings.statistics import expanded_confidence, mean_interval, rank_interval, ratio_interval, sign_flip_p
 
 
 @pytest.mark.parametrize("n", [8, 20])

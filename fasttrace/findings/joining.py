@@ -14,8 +14,8 @@ from .table import KEYS, canonical_order
 
 # What two studies may differ in, and still add up to one; each line is one direction in which a table grows.
 _DIRECTIONS = (("prompts", "seeds"), ("sites",), ("positions",), ("steps",), ("metrics",))
-# What has no effect on results.
-_CIRCUMSTANCES = ("versions", "preset", "screening")
+# What a record says about how a study came about, without effect on its results.
+CIRCUMSTANCES = ("versions", "preset", "screening")
 
 
 def join_tables(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def join_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     Raises:
         StudyError: settings that differ and change results, or growth in two directions at once, which leaves gaps.
     """
-    free = {name for direction in _DIRECTIONS for name in direction} | set(_CIRCUMSTANCES)
+    free = {name for direction in _DIRECTIONS for name in direction} | set(CIRCUMSTANCES)
     for name in dict.fromkeys([*first, *second]):
         if name not in free and first.get(name) != second.get(name):
             raise StudyError(
@@ -61,7 +61,7 @@ def join_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
         record[name] = (_joined_steps if name == "steps" else _union)(first.get(name), second.get(name))
     if grown and grown[0][0] == "prompts":
         record["prompts"] = _joined_prompts(first, second, record["seeds"])
-    for name in _CIRCUMSTANCES[1:]:
+    for name in CIRCUMSTANCES[1:]:
         if first.get(name) != second.get(name):
             record[name] = None if name == "preset" else {"parts": [first.get(name), second.get(name)]}
     return record

@@ -1,0 +1,3 @@
+from .findings import Findings
+
+__all__ = ["Findings"]
