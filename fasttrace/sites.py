@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError, SiteError
+from .models.text.description import Layer
 from .models.text.families import canonical_path, text_layers
 from .models.text.families import is_causal as is_causal
 from .models.text.units import layer_units
@@ -74,7 +75,7 @@ def part_sites(module: nn.Module, part: str) -> list[Site]:
     """The sites of one text encoder or UNet, in execution order."""
     if part == "unet":
         return list(_unet_sites(module))
-    return [site for site in _text_sites(module, part) if site.kind != "head"]
+    return [site for site in text_sites(text_layers(module), part) if site.kind != "head"]
 
 
 def head_sites(encoder: nn.Module, part: str) -> list[Site]:
@@ -82,7 +83,7 @@ def head_sites(encoder: nn.Module, part: str) -> list[Site]:
 
     Named after the attention (``text_encoder.encoder.layers.0.self_attn.heads.3``); values ``[T, d]``.
     """
-    return [site for site in _text_sites(encoder, part) if site.kind == "head"]
+    return [site for site in text_sites(text_layers(encoder), part) if site.kind == "head"]
 
 
 def find_site(pipe: Any, name: str) -> Site:
@@ -141,12 +142,13 @@ def unknown_site(name: str, names: Sequence[str]) -> str:
     return f"no site matches {name!r} among {len(names)} sites{hint}"
 
 
-def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
-    """Every site of the layers in a text encoder, heads included, in the order in which the forward runs."""
-    for layer in text_layers(encoder):
+def text_sites(layers: Iterable[Layer], part: str) -> Iterator[Site]:
+    """Every site of a text model's layers, heads included, in the order in which the forward runs."""
+    for layer in layers:
         path = layer.path if part == "model" else f"{part}.{canonical_path(layer.path)}"
-        for point in (point for unit in layer_units(layer, path) for point in unit.sites):
-            yield Site(point.path, part, point.kind, layer.number, point.module, point.channels)
+        for unit in layer_units(layer, path):
+            for point in unit.sites:
+                yield Site(point.path, part, point.kind, layer.number, point.module, point.channels)
 
 
 def _unet_sites(unet: nn.Module) -> Iterator[Site]:

@@ -65,7 +65,7 @@ def test_unet_means_are_those_of_the_pipelines_own_calls(name: str, scheduler: s
         next(site for site in sites if site.kind == kind) for kind in ("resnet", "self_attn", "cross_attn", "mlp")
     ]
     made = means_study(pipe, [site.name for site in chosen], scheduler)
-    means = Job(made.plan(), Options())._means[1]
+    means = Job(made, Options())._means[1]
     assert means.keys() == {site.name for site in chosen}
     for site in chosen:
         truth = unet_means_by_hooks(made.traced_pipe, site)
@@ -100,9 +100,9 @@ def test_compiled_models_are_called_uncompiled_and_stay_compiled() -> None:
     pipe = ft.zoo.random_pipeline("tiny-sd15", dtype=torch.float64)
     sites = ft.select_sites(ft.discover_sites(pipe), "text_encoder.*.mlp")
     of_text, of_unet = means_study(pipe, "text_encoder.*.mlp", "ddim"), means_study(pipe, "unet.mid*attn2", "ddim")
-    before = text_means(of_text, sites), Job(of_unet.plan(), Options())._means[1]
+    before = text_means(of_text, sites), Job(of_unet, Options())._means[1]
     pipe.unet._compiled_call_impl = _never
-    in_unet = Job(of_unet.plan(), Options())._means[1]
+    in_unet = Job(of_unet, Options())._means[1]
     pipe.text_encoder._compiled_call_impl = _never
     for means, other in zip((text_means(of_text, sites), in_unet), before, strict=True):
         assert other

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError, PatchError, SiteError
-from ...models.text.families import canonical_path, family_of, pooled_token, word_embedding
+from ...models.text.description import TextModel
+from ...models.text.families import canonical_path, family_of, pooled_token, text_model, word_embedding
 from ...patch import Add, Patch, PatchSet, as_runs
-from ...sites import TEXT_PARTS, Site, head_sites, part_sites, unknown_site
+from ...sites import TEXT_PARTS, Site, text_sites, unknown_site
 from ..values import given_value
 
 OUTPUTS = ("last", "penultimate", "pooled")
@@ -29,6 +30,7 @@ class TextRequest:
 
     Attributes:
         encoder: the user's encoder, or its copy in another dtype.
+        model: its description.
         ids: ``[T]`` on the encoder's device.
         noise: ``[S, T, D]`` in the encoder's dtype, added to the word embeddings.
         runs: patches of each run; positions are indices or ``None``.
@@ -47,6 +49,7 @@ class TextRequest:
     """
 
     encoder: Any
+    model: TextModel
     ids: Tensor
     noise: Tensor
     runs: list[tuple[Patch, ...]]
@@ -93,15 +96,15 @@ def text_request(
 ) -> TextRequest:
     """Check the arguments of `trace_text` or `trace_logits`, which say what is raised."""
     encoder = _checked_encoder(encoder, dtype)
-    every = [*part_sites(encoder, "text_encoder"), *head_sites(encoder, "text_encoder")]
-    sites = {encoder_path(site.name): site for site in every}
+    model = text_model(encoder)
+    sites = {encoder_path(site.name): site for site in text_sites(model.layers, "text_encoder")}
     if output not in (*OUTPUTS, "logits"):
         raise ModelError(f"output={output!r}: expected one of {', '.join(OUTPUTS)}")
     if base not in BASES:
         raise PatchError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if max_rows is not None and max_rows < 1:
         raise PatchError(f"max_rows={max_rows}: expected at least 1 packed token")
-    embedding = word_embedding(encoder).weight
+    embedding: Tensor = model.words.weight  # type: ignore[assignment]
     ids = _checked_ids("input_ids", input_ids, embedding)
     length, width = ids.shape[0], embedding.shape[1]
     limit = getattr(encoder.config, "max_position_embeddings", None)
@@ -126,6 +129,7 @@ def text_request(
     samples = noise.to(embedding) if noise.ndim == 3 else noise.to(embedding)[None]
     return TextRequest(
         encoder,
+        model,
         ids,
         samples,
         runs,
@@ -138,7 +142,7 @@ def text_request(
         column,
         None if output != "logits" else _checked_answers(encoder, answers),
         max_rows,
-        _checked_attention(encoder, attention),
+        _checked_attention(model, attention, type(encoder).__name__),
         _checked_out(out, column, (*noise.shape[:-2], len(runs), length, width), embedding),
         noise.ndim == 3,
     )
@@ -222,20 +226,14 @@ def _checked_answers(model: Any, answers: Tokens | None) -> Tensor:
     return _checked_ids("answers", answers if answers is not None else (), model.lm_head.weight)
 
 
-def _checked_attention(encoder: Any, attention: str | None) -> str | None:
+def _checked_attention(model: TextModel, attention: str | None, name: str) -> str | None:
     if attention is not None and attention not in ATTENTIONS:
         raise ModelError(f"attention={attention!r}: expected one of {', '.join(ATTENTIONS)}")
-    if attention == "ragged" and not _is_plainly_causal(encoder):
+    if attention == "ragged" and not (model.family.causal and model.family.relative is None):
         raise ModelError(
-            f'attention="ragged" is causal and adds nothing to the scores, unlike that of {type(encoder).__name__}: '
-            'use "grouped"'
+            f'attention="ragged" is causal and adds nothing to the scores, unlike that of {name}: use "grouped"'
         )
     return attention
-
-
-def _is_plainly_causal(encoder: Any) -> bool:
-    family = family_of(encoder)
-    return family.causal and family.relative is None
 
 
 def _checked_out(out: Tensor | None, column: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
-from ...models.text.families import text_body, text_head, text_model
+from ...models.text.families import text_body, text_head
 from ...models.text.units import run_units, text_forward, text_units
-from ..hooks import value_hooks
-from ..requests.text import TextRequest, encoder_path
+from ..requests.text import TextRequest
+from ..values import first
 from .linear import on_packed
 
 
@@ -54,7 +54,7 @@ def _suspects(request: TextRequest) -> list[str]:
         return []
     runs = {id(module) for module in _entry(request).modules()}
     heads = [getattr(model, name, None) for name in ("text_projection", "lm_head")]
-    units = [module for unit in text_units(text_model(model)) for module in unit.modules]
+    units = [module for unit in text_units(request.model) for module in unit.modules]
     called = {id(part) for module in (*units, *heads) if module is not None for part in module.modules()}
     return [
         path or type(model).__name__
@@ -80,12 +80,13 @@ def _own_and_served(request: TextRequest) -> Iterator[tuple[Tensor, Tensor]]:
     read = slice(None) if mask is None else mask.bool()
     seen: list[Tensor] = []
     (deepest,) = (site for site in request.sites.values() if (site.kind, site.layer) == ("hidden", request.depth - 1))
-    with value_hooks([(deepest, seen.append)]):
+    handle = deepest.module.register_forward_hook(lambda module, args, output: seen.append(first(output)))
+    try:
         own: Any = _entry(request)(input_ids=ids[None], attention_mask=None if mask is None else mask[None])
-    described = text_model(request.encoder)
-    forward, units = text_forward(described, len(ids), mask), text_units(described)
-    path = encoder_path(deepest.name)
-    end = 1 + next(place for place, unit in enumerate(units) if any(point.path == path for point in unit.sites))
+    finally:
+        handle.remove()
+    forward, units = text_forward(request.model, len(ids), mask), text_units(request.model)
+    end = next(place for place, unit in enumerate(units, 1) if any(s.module is deepest.module for s in unit.sites))
     values = run_units(units[:end], forward, ids=ids[None])
     yield seen[0][0, read], values["x"][0, read]
     states = run_units(units[end:], forward, **values)["states"][0]

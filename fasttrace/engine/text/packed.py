@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.text.description import Heads, Layer, TextModel, attended
-from ...models.text.families import text_head, text_model
+from ...models.text.description import Heads, Layer, attended
+from ...models.text.families import text_head
 from ..requests.text import TextRequest
 from .attention import suffix_attention
 from .bypassed import check_bypassed
@@ -70,14 +70,14 @@ class PackedText:
     def __init__(self, request: TextRequest) -> None:
         check_bypassed(request)
         self.request = request
-        self.model = text_model(request.encoder)
+        self.model = request.model
         self.layers = self.model.layers[: request.depth]
-        self.length = _length(request, self.model)
+        self.length = _length(request)
         mask = request.attention_mask
         self.constants = self.model.constants(self.length, None if mask is None else mask[: self.length])
         flat = flatten(request)
         self.sources = flat.sources
-        self.plan = _compile(request, self.model, self.length, flat)
+        self.plan = _compile(request, self.length, flat)
         prompts = {**request.sources, "clean": request.ids}
         self.records = {name: self._record(ids, None) for name, ids in prompts.items()}
         self.clean = self._output(self.records["clean"].hidden[-1])
@@ -237,8 +237,7 @@ _PLANS: OrderedDict[object, TextPlan] = OrderedDict()
 
 def plan_of(request: TextRequest) -> TextPlan:
     """The plan of a request, without running it."""
-    model = text_model(request.encoder)
-    return _compile(request, model, _length(request, model), flatten(request))
+    return _compile(request, _length(request), flatten(request))
 
 
 def forget_plans() -> None:
@@ -246,14 +245,15 @@ def forget_plans() -> None:
     _PLANS.clear()
 
 
-def _length(request: TextRequest, model: TextModel) -> int:
+def _length(request: TextRequest) -> int:
     """The number of tokens that run: a causal model does nothing after the one that is read."""
-    return request.column + 1 if model.family.causal and request.column is not None else len(request.ids)
+    causal = request.model.family.causal
+    return request.column + 1 if causal and request.column is not None else len(request.ids)
 
 
-def _compile(request: TextRequest, model: TextModel, length: int, flat: FlatPatches) -> TextPlan:
+def _compile(request: TextRequest, length: int, flat: FlatPatches) -> TextPlan:
     """The plan, kept for the next prompt or noise sample with the same patches."""
-    device, full, causal = request.ids.device, request.ids.shape[0], model.family.causal
+    device, full, causal = request.ids.device, request.ids.shape[0], request.model.family.causal
     shape = TextShape(request.depth, length, causal, request.column)
     differs = differs_from(request, flat.sources)
     if not causal:

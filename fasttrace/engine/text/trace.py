@@ -92,7 +92,8 @@ def trace_text(
             token does not depend on. ``None`` for all tokens.
         attention_mask: ``[T]``, as in transformers.
         engine: ``"fast"``, or ``"oracle"``: plain hooks, one run at a time. The fast engine calls projections, norms
-            and MLPs as modules, with their hooks and adapters; hooks on whole layers and attentions do not fire.
+            and MLPs as modules, with their hooks and adapters; what a user's hook or ``forward`` on any other module
+            changes is refused.
         clip_skip: number of last layers to leave out, as in diffusers' pipelines.
         dtype: run a copy of the encoder in this dtype, such as ``torch.bfloat16``; the results have it too.
         max_rows: most packed tokens that pass through the model together; one needs about ``(10 D + F) x itemsize``
@@ -105,7 +106,8 @@ def trace_text(
     Raises:
         PatchError: noise, ids or tensor sources of the wrong shape, positions out of range, an unknown source or base.
         SiteError: a site that the encoder does not have.
-        ModelError: an encoder, output or engine that is not supported; an encoder whose dropout is active.
+        ModelError: an encoder, output or engine that is not supported; an encoder of which any part drops numbers; a
+            hook or replaced ``forward`` that the fast engine would leave out.
         NumericsError: a run that is not finite, by number.
     """
     request = text_request(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -213,43 +214,48 @@ class TextModel:
 
 def layer_of(family: Family, number: int, path: str, module: nn.Module) -> Layer:
     """Look up a family's parts in one layer."""
-    attention, mlp = (module.get_submodule(name) for name in (family.attention, family.mlp))
+    attention, mlp = _part(module, family.attention), _part(module, family.mlp)
     weights = [
         *_weights("self_attn", attention, (family.out,), into_hidden=True),
         *_weights("self_attn", attention, family.projections, before_attention=True),
         *_weights("mlp", mlp, (family.down,), into_hidden=True),
         *_weights("mlp", mlp, family.up),
     ]
-    out, width, activation = weights[0].module, family.head_width(attention), family.activation
+    out, width = weights[0].module, family.head_width(attention)
     parts = None
-    if activation is not None:
-        up, down = (mlp.get_submodule(name) for name in (*family.up, family.down))
-        parts = up, mlp.get_submodule(activation), down
+    if family.activation is not None:
+        parts = _part(mlp, family.up[0]), _part(mlp, family.activation), _part(mlp, family.down)
     return Layer(
         family,
         number,
         path,
         module,
         attention,
-        module.get_submodule(family.norm_attn),
+        _part(module, family.norm_attn),
         tuple(weight.module for weight in weights if weight.before_attention),
-        tuple(attention.get_submodule(name) for name in family.head_norms if hasattr(attention, name)),
+        tuple(_part(attention, name) for name in family.head_norms if name in attention._modules),
         out,
         width,
         _width_in(out) // width,
         family.scale(attention),
-        module.get_submodule(family.norm_mlp),
+        _part(module, family.norm_mlp),
         FeedForward(mlp, parts),
         tuple(weights),
     )
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
+    # Sites are looked for at every request; torch's get_submodule takes several times as long.
+    part: nn.Module = attrgetter(path)(module)
+    return part
 
 
 def _weights(
     kind: str, module: nn.Module, names: tuple[str, ...], *, into_hidden: bool = False, before_attention: bool = False
 ) -> Iterator[Weight]:
     for name in names:
-        if hasattr(module, name):
-            yield Weight(kind, name, module.get_submodule(name), into_hidden, before_attention)
+        if name in module._modules:
+            yield Weight(kind, name, _part(module, name), into_hidden, before_attention)
 
 
 def attended(heads: Heads, bias: Tensor, scale: float) -> Tensor:
