@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..aot import CompileCase
-from ..configs import arch_of
+from ..configs import arch_of, on_its_device
 from .kernel import attention_restore_kernel
 
 MAX_HEAD_DIM = 160
@@ -57,6 +57,7 @@ def config(arch, head_dim, queries, keys, head_values):
     return CONFIGS[90 if arch >= 90 else 80, columns, kind]
 
 
+@on_its_device
 def attention_restore(
     q,
     k,

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from ..configs import ARCHS, compile_case, require_adjacent_channels
+from ..configs import ARCHS, compile_case, on_its_device, require_adjacent_channels
 from .kernel import group_norm_silu_kernel, group_norm_silu_stats_kernel
 
 GROUPS_PER_PROGRAM = 8
@@ -23,6 +23,7 @@ def sizes(positions, channels, groups):
     return {"C": channels, "G": groups, "ROWS": rows, "GT": GROUPS_PER_PROGRAM, "BP": block_p, "BC": block_c}
 
 
+@on_its_device
 def group_norm_silu(x, weight, bias, groups, eps=1e-5, silu=True, *, out=None):
     """Launch both stages: arguments and result of ``fasttrace.ops.group_norm_silu.reference``. ``out`` is for tests.
 

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from ..configs import ARCHS, arch_of, compile_case, config, require_adjacent_channels
+from ..configs import ARCHS, arch_of, compile_case, config, on_its_device, require_adjacent_channels
 from .kernel import linear_restore_kernel
 
 # Tile and pipeline by (architecture, size class).
@@ -37,6 +37,7 @@ def rank_block(rank):
     return max(16, triton.next_power_of_2(rank))
 
 
+@on_its_device
 def linear_restore(x, weight, bias, residual, source, bank=None, noise=None, low_rank=None, *, out=None, tile=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.linear_restore.reference``.
 

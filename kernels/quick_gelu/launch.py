@@ -1,5 +1,6 @@
 """Configs and launcher of ``quick_gelu``."""
 
+from ..configs import on_its_device
 from ..way_up import launch_way_up, way_up_cases
 from .kernel import quick_gelu_kernel
 
@@ -12,6 +13,7 @@ CONFIGS = {
 }
 
 
+@on_its_device
 def quick_gelu(x, weight, bias, source=None, *, out=None, tile=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.quick_gelu.reference``.
 

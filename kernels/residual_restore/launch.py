@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from ..configs import ARCHS, compile_case, require_adjacent_channels
+from ..configs import ARCHS, compile_case, on_its_device, require_adjacent_channels
 from .kernel import residual_restore_kernel
 
 # One config for every architecture: whole 128-byte lines of half precision, two vectors a thread and input. Drawing
@@ -12,6 +12,7 @@ CONFIG = {"BM": 32, "BC": 64, "num_warps": 4}
 NOISE_CONFIG = {**CONFIG, "BM": 16}
 
 
+@on_its_device
 def residual_restore(hidden, shortcut, source, bank=None, noise=None, output_scale=1.0, *, out=None, tile=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.residual_restore.reference``.
 

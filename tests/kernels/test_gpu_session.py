@@ -51,7 +51,8 @@ def test_the_kit_brings_what_the_tree_needs():
 
 def test_a_command_ends_with_its_time_and_with_what_it_started(tmp_path):
     started = time.monotonic()
-    child = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    sleep = "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = f"import subprocess, sys; print('begun', flush=True); {sleep}"
     heard = []
     budget = budget_of(tmp_path, 3.0)
     assert budget.python(*script(child), heard=heard.append) is None
