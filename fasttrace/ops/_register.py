@@ -121,8 +121,11 @@ class Op:
         """Run the op. ``implementation`` overrides the choice, and is an error where the op has no such one.
 
         What a caller or ``FASTTRACE_IMPL`` asked for runs or raises. Where the op itself chose an implementation that
-        cannot serve the call, it says so once, and the safe one serves it.
+        cannot serve the call, it says so once, and the safe one serves it. Tensors on the meta device go through the
+        dispatcher, so that whoever counts operators sees one.
         """
+        if _is_meta(args[0]):
+            return getattr(torch.ops.fasttrace, self.name)(*args, **kwargs)
         asked = implementation or override(self.name, self.implementations)
         name = asked or self._choice(args, kwargs)
         run = self.implementations[known(self.name, name, self.implementations)]
@@ -167,6 +170,11 @@ def architecture(operand: Tensor | Sequence[Tensor]) -> int | None:
     if not isinstance(operand, Tensor):
         return architecture(operand[0]) if operand else None
     return _capability(operand.device.index or 0) if operand.is_cuda else None
+
+
+def _is_meta(operand: Tensor | Sequence[Tensor]) -> bool:
+    first = operand if isinstance(operand, Tensor) else operand[0] if operand else None
+    return first is not None and first.is_meta
 
 
 @cache
