@@ -3,14 +3,14 @@
 A model on the meta device, 16 rows in fp16, runs under a mode that sees every operator with its shapes. The rules:
 
 - A view is no operator, nor is an allocation. Attention is one, and so is each op of ``fasttrace.ops``.
-- An operator's bytes are each tensor that it reads and each that it writes, once; a broadcast one by what it has in memory.
+- An operator's bytes are each tensor that it reads and each that it writes, once; a broadcast one by what is in memory.
 - A convolution with a bias is charged a second pass over its result, which cuDNN leaves to an elementwise kernel.
 - ``other`` is everything but convolutions, products and attention; that second pass belongs to it.
-- The floor of an operator is the longer of its arithmetic at 990 TFLOP/s and its bytes at 3.35 TB/s, an H100's; that of a
-  forward is their sum.
+- The floor of an operator is the longer of its arithmetic at 990 TFLOP/s and its bytes at 3.35 TB/s, an H100's; that
+  of a forward is their sum.
 
-`count` takes any forward, so another path is one more entry of `PATHS`: a function of a `Model` that returns a call. Such
-a call must make its inputs before it is counted and leave only a step's own work inside.
+`count` takes any forward, so another path is one more entry of `PATHS`: a function of a `Model` that returns a call.
+Such a function makes the inputs, and leaves only a step's own work to the call.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def count(forward: Callable[[], object], rows: int, epilogues: bool = False) -> 
     Args:
         forward: one step's work, its inputs made beforehand.
         rows: rows of its batch.
-        epilogues: count an op of ``fasttrace.ops`` whose work is a product as a library's product and one pass after it.
+        epilogues: count an op of ``fasttrace.ops`` that is a product as a library's product and one pass after it.
     """
     seen = Count(rows)
     with torch.no_grad(), _Attention(seen), _Operators(seen, epilogues):

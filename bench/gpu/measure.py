@@ -47,7 +47,7 @@ def cases(op: str, toy: bool = False, quick: bool = False) -> list[BenchCase]:
 
 def is_ours(contender: str) -> bool:
     """Whether a contender is a kernel of this project rather than a rival."""
-    return contender == "cuda" or contender.split()[0] == "triton"
+    return contender in ("cuda", "epilogue") or contender.split()[0].startswith("triton")
 
 
 def judge(

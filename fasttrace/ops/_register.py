@@ -38,8 +38,8 @@ class ImplementationError(KernelError):
         self.lasting = lasting
 
 
-def triton_launcher(name: str, launcher_name: str | None = None) -> Implementation:
-    """A launcher of ``kernels/<name>``, imported at its first call: Triton is optional.
+def triton_launcher(name: str, folder: str | None = None) -> Implementation:
+    """Launcher ``name`` of ``kernels/<folder>`` (by default of that name), imported at its first call.
 
     Raises:
         ImplementationError: at the call, if Triton cannot be imported, the operands are on a CPU and Triton does not
@@ -49,14 +49,14 @@ def triton_launcher(name: str, launcher_name: str | None = None) -> Implementati
     @cache
     def load() -> Implementation:
         try:
-            module = importlib.import_module(f"fasttrace.kernels.{name}.launch")
+            module = importlib.import_module(f"fasttrace.kernels.{folder or name}.launch")
         except ImportError as error:
             raise ImplementationError(
                 f"{name}: the Triton kernel cannot be imported ({error}); pip install 'fasttrace[triton]', "
                 f"or set FASTTRACE_IMPL={name}=torch",
                 lasting=True,
             ) from error
-        launcher: Implementation = getattr(module, launcher_name or name)
+        launcher: Implementation = getattr(module, name)
         return launcher
 
     def launch(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ class Op:
         torch.library.register_fake(f"fasttrace::{name}", fake, lib=_library)
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        """Run the op. ``implementation`` overrides the choice, and is an error where the op has no such one.
+        """Run the op; the first argument, an operand, is given by position. ``implementation`` overrides the choice, and is an error where the op has no such one.
 
         What a caller or ``FASTTRACE_IMPL`` asked for runs or raises. Where the op itself chose an implementation that
         cannot serve the call, it says so once, and the safe one serves it. Tensors on the meta device go through the

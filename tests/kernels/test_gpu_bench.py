@@ -18,7 +18,7 @@ from fasttrace.ops import selection
 from fasttrace.ops.linear_restore import shape_class as linear_class
 
 TOYS = [case for op in ops() for case in cases(op, toy=True)]
-NEEDS_GPU = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
+NEEDS_GPU = ("cudnn", "flash", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
 
 
 @pytest.mark.parametrize("case", TOYS, ids=[f"{case.op}-{case.shape}" for case in TOYS])

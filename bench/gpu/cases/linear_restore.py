@@ -64,6 +64,7 @@ def _case(name: str, rows: int, positions: int, width: int, channels: int, resto
             "reference": lambda: reference(*arguments),
             "torch": lambda: linear_restore(*arguments, implementation="torch"),
             "triton": lambda: linear_restore(*arguments, implementation="triton"),
+            "epilogue": lambda: linear_restore(*arguments, implementation="epilogue"),
             "compile": compiled(linear_torch, *arguments),
         }
         if restored == RESTORED[0]:
