@@ -20,7 +20,7 @@ COLUMNS = ("name", "status", "seconds", "summary")
 PROCESSES = 12
 KEPT_LINES = 150
 TESTS = Path("tests/kernels")
-WAYS_UP = ("geglu", "quick_gelu")
+WAYS_UP = ("geglu", "gelu_up", "quick_gelu")
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,11 @@ class Op:
         torch.library.register_fake(f"fasttrace::{name}", fake, lib=_library)
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        """Run the op; the first argument, an operand, is given by position. ``implementation`` overrides the choice, and is an error where the op has no such one.
+        """Run the op. ``implementation`` overrides the choice, and is an error where the op has no such one.
 
-        What a caller or ``FASTTRACE_IMPL`` asked for runs or raises. Where the op itself chose an implementation that
-        cannot serve the call, it says so once, and the safe one serves it. Tensors on the meta device go through the
-        dispatcher, so that whoever counts operators sees one.
+        The first argument, an operand, is given by position. What a caller or ``FASTTRACE_IMPL`` asked for runs or
+        raises. Where the op itself chose an implementation that cannot serve the call, it says so once, and the safe
+        one serves it. Tensors on the meta device go through the dispatcher, so that who counts operators sees one.
         """
         if _is_meta(args[0]):
             return getattr(torch.ops.fasttrace, self.name)(*args, **kwargs)

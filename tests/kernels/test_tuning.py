@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fasttrace.errors import KernelError
 from fasttrace.ops import _register, tuning
 from fasttrace.ops._register import ImplementationError, Op
+from fasttrace.ops.attention_restore import attention_restore
+from fasttrace.ops.linear_restore import linear_restore
+from fasttrace.ops.restore import KEEP
 from fasttrace.ops.tuning import Tuner, difference
 
 X = torch.linspace(-1, 1, 8)
@@ -250,3 +253,29 @@ def test_the_cache_is_where_the_user_keeps_caches(monkeypatch, tmp_path):
     assert tuning.cache_path() == tmp_path / "fasttrace" / "choices.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.cache_path().parts[-3:] == (".cache", "fasttrace", "choices.json")
+
+
+def test_the_kernels_themselves_are_candidates(device, path):
+    """Real ops on a card that is not there: what runs here agrees and is timed, what cannot is named and dropped."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fasttrace[triton]'")
+    x, weight, bias, residual = (torch.randn(s, device=device) for s in ((2, 5, 16), (8, 16), (8,), (2, 5, 8)))
+    source = torch.tensor([[KEEP], [0]], dtype=torch.int32, device=device).expand(2, 5)
+    card = Card(path, torch=3e-6, epilogue=2e-6, triton=4e-6)
+    tuner = card.tuner(seconds=1000.0)
+    card.order = ["torch", "epilogue", "triton"]
+    args = (x, weight, bias, residual, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuner.choice(linear_restore, "class", x, args, {}, "torch") == "epilogue"
+
+
+@pytest.mark.interpreter
+def test_a_backend_that_this_machine_lacks_is_named(path):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fasttrace[triton]'")
+    q = torch.randn(2, 6, 2, 16)
+    card = Card(path, torch=3e-6, flash=5e-6, triton=4e-6, triton_padded=1e-6)
+    card.order = ["torch", "flash", "triton", "triton_padded"]
+    tuner = card.tuner(seconds=1000.0)
+    with pytest.warns(RuntimeWarning, match="'cudnn' is left out .*CUDNN_ATTENTION cannot serve this call"):
+        assert tuner.choice(attention_restore, "class", q, (q, q, q), {}, "torch") == "triton_padded"
+    assert set(tuner.known["attention_restore class float32"]["us"]) == set(card.order)
