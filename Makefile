@@ -49,7 +49,7 @@ bench-full: $(VENV)/.test  ## all benchmarks and scaling curves
 bench-report: $(VENV)/.test  ## bench/RESULTS.md, with tables and plots from bench/results
 	@$(PY) -m bench.report
 
-compile-report: $(VENV)/.test  ## compile every kernel for sm_80 and sm_90: registers, spills, shared memory
+compile-report: $(VENV)/.test  ## compile every kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	@$(PY) -m bench.compile_report
 
 gpu: $(VENV)/.test  ## everything that needs an NVIDIA GPU: tests, kernels beside rivals, engines
