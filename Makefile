@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 TORCH := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.11 triton>=3.6' || echo 'torch==2.13.0 triton==3.7.1')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types slow bench bench-full bench-report compile-report gpu clean
+.PHONY: help demo test lint types slow bench bench-full bench-report compile-report gpu gpu-kit clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -50,11 +50,14 @@ bench-full: $(VENV)/.test  ## all benchmarks and scaling curves
 bench-report: $(VENV)/.test  ## bench/RESULTS.md, with tables and plots from bench/results
 	@$(PY) -m bench.report
 
-compile-report: $(VENV)/.test  ## compile every kernel for sm_80 and sm_90: registers, spills, shared memory
+compile-report: $(VENV)/.test  ## compile every kernel for sm_80, sm_90 and sm_100: registers, spills, shared memory
 	@$(PY) -m bench.compile_report
 
 gpu: $(VENV)/.test  ## everything that needs an NVIDIA GPU: tests, kernels beside rivals, engines
-	@$(PY) -m bench.gpu
+	@$(PY) -m bench.gpu --full
+
+gpu-kit: $(VENV)/.core  ## what a borrowed GPU machine without a network lacks, into .kit (see bench/gpu/README.md)
+	@$(PY) -m bench.gpu.kit
 
 clean:  ## remove the environment and everything generated
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Compile every config of every Triton kernel for sm_80 and sm_90, on a machine with no GPU.
+"""Compile every config of every Triton kernel for sm_80 and sm_90, one of each for sm_100, on a machine with no GPU.
 
 ``python -m bench.compile_report [--out FILE] [--only OP]`` writes one row a config and architecture: registers,
 bytes spilled, shared memory of a block, and the matrix instruction found in the machine code.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -25,16 +26,23 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "compile.csv"
 COLUMNS = ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "mma")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-PTXAS_TARGET = {80: "sm_80", 90: "sm_90a"}
-MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "IMMA", "DMMA")
+PTXAS_TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+MATRIX_INSTRUCTIONS = ("UTCHMMA", "HGMMA", "HMMA", "IMMA", "DMMA")
 
 
 def all_cases(only: str | None = None) -> Iterator[CompileCase]:
-    """Cases of every ``kernels/<op>/launch.py``, ops in alphabetical order."""
+    """Cases of every ``kernels/<op>/launch.py``, ops in alphabetical order.
+
+    Blackwell runs Hopper's configs; the first of each kernel is compiled for it too.
+    """
+    seen = set()
     for launch in sorted((ROOT / "kernels").glob("*/launch.py")):
         op = launch.parent.name
         if only in (None, op):
-            yield from importlib.import_module(f"fasttrace.kernels.{op}.launch").compile_cases()
+            for case in importlib.import_module(f"fasttrace.kernels.{op}.launch").compile_cases():
+                first = 90 in case.archs and (op, case.kernel) not in seen
+                seen |= {(op, case.kernel)} if first else set()
+                yield dataclasses.replace(case, archs=(*case.archs, 100)) if first else case
 
 
 def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:
@@ -54,7 +62,8 @@ def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("ptxas", "-v", f"-arch={PTXAS_TARGET[arch]}", str(ptx), "-o", str(Path(folder) / "again.cubin"))
+        assembler = "ptxas-blackwell" if arch >= 100 else "ptxas"
+        usage = _run(assembler, "-v", f"-arch={PTXAS_TARGET[arch]}", str(ptx), "-o", str(Path(folder) / "again.cubin"))
         code = _run("cuobjdump", "-sass", str(cubin))
     return {
         "kernel": case.kernel,

@@ -1,4 +1,7 @@
-"""Results as rows of ``bench/results/<suite>.csv``, each with the machine, versions, commit and date it came from."""
+"""Results as rows of ``bench/results/<suite>.csv``, each with the machine, versions, commit and date it came from.
+
+``python -m bench.record FOLDER`` adds to them what `bench.gpu` left in a folder on a borrowed machine.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,11 @@ import torch
 
 from fasttrace.profile.ceilings import machine_name
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
+"""Where results go; ``BENCH_RESULTS`` names another folder."""
 SWITCH = "BENCH_RECORD"
 """Environment variable; ``0`` is said by `make bench`, whose few rounds would take the place of good rows."""
+MERGED = ("gpu_kernels.csv", "unet_gpu.csv")
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
@@ -41,6 +47,14 @@ def provenance() -> dict[str, str]:
     }
 
 
+def merge(folder: Path) -> None:
+    """Append the rows that a borrowed machine left in ``folder`` to the suites here, each with its own provenance."""
+    for path in sorted(folder.glob("*.csv")):
+        if path.name in MERGED:
+            with path.open(newline="") as file:
+                _append(RESULTS / path.name, list(csv.DictReader(file)))
+
+
 def append(suite: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Append rows to a suite's file, unless `SWITCH` is off; columns that an older file lacks are added to it.
 
@@ -51,24 +65,34 @@ def append(suite: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = RESULTS / f"{suite}.csv"
     if os.environ.get(SWITCH) == "0":
         return path
+    _append(path, [{**row, **provenance()} for row in rows])
+    return path
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     old: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             old = list(csv.DictReader(file))
-    everything = [*old, *({**row, **provenance()} for row in rows)]
+    everything = [*old, *rows]
     columns = list(dict.fromkeys(name for row in everything for name in row))
     columns = [name for name in columns if name not in provenance()] + list(provenance())
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(everything)
-    return path
 
 
 def _git(*arguments: str) -> str:
     try:
-        result = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ""
     return result.stdout.strip()
+
+
+if __name__ == "__main__":
+    merge(Path(sys.argv[1]))

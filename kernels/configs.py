@@ -1,5 +1,8 @@
 """Choosing a config from a table of plain data; nothing is asked of a device before a launch."""
 
+import functools
+import inspect
+
 import torch
 
 from .aot import CompileCase
@@ -15,6 +18,21 @@ def arch_of(tensor):
 def config(configs, arch, name):
     """``configs[arch, name]`` of the newest architecture in the table that is not newer than ``arch``."""
     return configs[max(known for known, key in configs if key == name and known <= max(arch, ARCHS[0])), name]
+
+
+def on_its_device(launcher):
+    """Launch on the device of the first operand, a tensor or a list of them: Triton launches on the current device."""
+    name = next(iter(inspect.signature(launcher).parameters))
+
+    @functools.wraps(launcher)
+    def launch(*args, **kwargs):
+        operand = args[0] if args else kwargs[name]
+        if not isinstance(operand, torch.Tensor):
+            operand = operand[0] if operand else torch.empty(0)
+        with torch.cuda.device_of(operand):
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 def require_adjacent_channels(**tensors):

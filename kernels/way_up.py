@@ -1,4 +1,4 @@
-"""Launching the way up of an MLP: what ``geglu`` and ``quick_gelu`` share but for the activation."""
+"""Launching the way up of an MLP: what ``geglu``, ``gelu_up`` and ``quick_gelu`` share but for the activation."""
 
 import torch
 import triton
@@ -15,8 +15,10 @@ def size_class(positions, dtype):
     return "few" if positions < FEW_POSITIONS else "many"
 
 
-def launch_way_up(kernel, configs, channels, x, weight, bias, source, out, tile):
+def launch_way_up(kernel, configs, channels, x, weight, bias, source, out, tile, **constants):
     """Launch ``kernel`` over tiles of positions by output ``channels``; ``out`` and ``tile`` may be ``None``.
+
+    ``constants`` are the kernel's own.
 
     Raises:
         ValueError: ``x`` whose channels are not adjacent in memory.
@@ -40,12 +42,13 @@ def launch_way_up(kernel, configs, channels, x, weight, bias, source, out, tile)
         *((0, 0) if source is None else source.stride()),
         F=channels,
         K=width,
+        **constants,
         **tile,
     )
     return out
 
 
-def way_up_cases(kernel, configs, shapes):
+def way_up_cases(kernel, configs, shapes, **own):
     """The ``CompileCase`` of every config at the shapes: name, size class, F, K, dtype, whether there is a source."""
     cases = []
     for arch in ARCHS:
@@ -56,7 +59,7 @@ def way_up_cases(kernel, configs, shapes):
                 **dict.fromkeys(("B", "P", "s_src_b", "s_src_p"), "i32"),
                 **dict.fromkeys(("s_x_b", "s_x_p"), "i32:16"),
             }
-            constants = {"F": channels, "K": width, **({} if mapped else {"source": None})}
-            tile, label = config(configs, arch, key), f"{name}_{key}_{dtype}"
+            constants = {"F": channels, "K": width, **own, **({} if mapped else {"source": None})}
+            tile, label = config(configs, arch, key), "_".join((name, key, dtype, *own.values()))
             cases.append(compile_case(kernel, label, tile, arch, arguments, constants, has_dot=dtype != "fp32"))
     return cases

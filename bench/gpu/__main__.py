@@ -1,93 +1,135 @@
-"""Prove and measure on a GPU, in stages: ``python -m bench.gpu [STAGE ...]``, or ``--list``.
+"""Prove and measure on a GPU: ``python -m bench.gpu``; on a borrowed one with ``--here --out DIR --budget 540``.
 
-Every stage is a process of its own, ends within eight minutes, and writes what it has as it goes. Tests come first: if
-one fails, nothing is measured. On a machine without a GPU this says what it would run, and why it stops.
+Stages, in this order unless ``--stage`` names some: ``tests`` (every op's GPU tests at once, csrc built, the engines
+against the oracle), ``ops`` (each op beside its rivals; one whose tests fail is not timed), ``selection`` (the table of
+what won), ``unet`` (SD1.x at 2, 16 and 64 rows, with a profile), ``suites`` (``bench/bench_*.py``). A failure stops
+nothing else; every result is written when it is there; all ends within the budget.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from . import kit
+from .budget import Budget
+from .prove import BUILD, engine_jobs, op_jobs, prove, verdicts
+from .race import race
 
-from .measure import cases, ops
-
-STAGE_SECONDS = 480
-H100_FLOPS, H100_BYTES = 798e12, 3.0e12
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command line, run by this interpreter."""
-
-    name: str
-    arguments: tuple[str, ...]
-    required: bool = False
-
-
-def stages() -> list[Stage]:
-    """Tests, then one stage an op, the table of what won, and with it in use the suites ``bench/bench_*.py``."""
-    suites = sorted(path.stem for path in Path(__file__).parent.parent.glob("bench_*.py"))
-    return [
-        Stage("tests", ("-m", "pytest", "-m", "gpu", "tests/kernels"), required=True),
-        *(Stage(op, ("-m", "bench.gpu.measure", op)) for op in ops()),
-        Stage("selection", ("-m", "bench.gpu.choose")),
-        *(Stage(suite, ("-m", f"bench.{suite}")) for suite in suites),
-    ]
+SPARE_SECONDS = 5.0
+STAGES = ("tests", "ops", "selection", "unet", "suites")
+NEXT = {
+    "tests": "--stage ops --quick",
+    "ops": "--stage unet",
+    "unet": "--stage ops --full, then python -m bench.gpu.choose",
+}
+ROWS = ("2", "16", "64")
+AFTER_BUILD = "rank_update"
+BENCH = Path(__file__).parent.parent
+CASES = BENCH / "gpu" / "cases"
+RESTARTED = "FASTTRACE_HERE"
 
 
-def describe(stage: Stage) -> None:
-    """Print a stage and, for an op, each shape with its floor on an H100 at measured ceilings."""
-    print(f"{stage.name}: python {' '.join(stage.arguments)}")
-    for case in cases(stage.name) if stage.name in ops() else []:
-        floor = max(case.flops / H100_FLOPS, case.bytes / H100_BYTES)
-        work = f"{1e-9 * case.flops:10.2f} GFLOP {1e-6 * case.bytes:9.1f} MB"
-        print(f"    {case.shape:<52} {work}  floor {1e6 * floor:8.1f} us, {case.bound}-bound")
+class Session:
+    """One call: what it was asked for, its budget and its folder of results."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.out: Path = given.out
+        self.quick: bool = not given.full
+        self.earlier: list[Path] = given.tests
+        self.ops: list[str] = given.op or sorted(path.stem for path in CASES.glob("[!_]*.py"))
+        self.budget = Budget(given.budget - SPARE_SECONDS, self.out / "log.txt")
+
+    def tests(self) -> bool:
+        apart = [op for op in self.ops if op == AFTER_BUILD]
+        jobs = [BUILD, *op_jobs(op for op in self.ops if op not in apart), *engine_jobs()]
+        found = prove(jobs, self.budget, self.out) | prove(op_jobs(apart), self.budget, self.out)
+        return all(status in ("passed", "no tests") for status in found.values())
+
+    def proved(self) -> list[str]:
+        """Ops that passed their tests, in this call or an earlier one; those never tested are tested now."""
+        found = verdicts(*self.earlier, self.out / "tests.csv")
+        found |= prove(op_jobs(op for op in self.ops if op not in found), self.budget, self.out)
+        for op in self.ops:
+            if found[op] != "passed":
+                self.budget.say(f"    {op}: not timed, its tests: {found[op]}")
+        return [op for op in self.ops if found[op] == "passed"]
+
+    def timed(self) -> bool:
+        proved = self.proved()
+        return not race(proved, self.budget, self.quick) and proved == self.ops
+
+    def unet(self) -> bool:
+        until, table = str(self.budget.until), str(self.out / "profile.txt")
+        command = ("-m", "bench.bench_unet_gpu", "--rows", *ROWS, "--profile", table, "--until", until)
+        return self.budget.python(*command) == 0
+
+    def selection(self) -> bool:
+        return self.budget.python("-m", "bench.gpu.choose") == 0
+
+    def suites(self) -> bool:
+        names = sorted(path.stem for path in BENCH.glob("bench_*.py") if path.stem != "bench_unet_gpu")
+        statuses = [self.budget.python("-m", f"bench.{name}") for name in names]
+        return not any(status != 0 for status in statuses)
 
 
-def run(stage: Stage) -> bool:
-    """Run a stage; whether it ended well."""
-    print(f"== {stage.name}", flush=True)
-    started = time.monotonic()
-    try:
-        status = subprocess.run([sys.executable, *stage.arguments], timeout=STAGE_SECONDS, check=False).returncode
-    except subprocess.TimeoutExpired:
-        print(f"== {stage.name}: stopped after {STAGE_SECONDS} s; what it had measured is written")
-        return False
-    print(f"== {stage.name}: exit status {status} after {time.monotonic() - started:.0f} s", flush=True)
-    return status == 0
+def run(session: Session, stages: list[str], again: str) -> list[str]:
+    """Run stages; those that did not end well. Says first what this call does and what to run after it."""
+    budget = session.budget
+    budget.say(f"now: {', '.join(stages)}, in {budget.seconds:.0f} s, results in {session.out}")
+    budget.say(f"next: {again} {NEXT.get(stages[-1], '')}".rstrip())
+    calls: dict[str, Callable[[], bool]] = {name: getattr(session, name) for name in STAGES if name != "ops"}
+    calls["ops"] = session.timed
+    failed = []
+    for name in stages:
+        budget.say(f"== {name}, {budget.left:.0f} s left")
+        if not calls[name]():
+            failed.append(name)
+    return failed
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", action="append", choices=STAGES, help="may be given several times (default: all)")
+    parser.add_argument("--op", action="append", help="only this op; may be given several times")
+    parser.add_argument("--here", action="store_true", help="run from the tree and .kit: no network, nothing installed")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, all of them (default: no limit)")
+    parser.add_argument("--tests", type=Path, action="append", default=[], help="tests.csv of an earlier call")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="ops: one case a shape class, nothing compiled (the default)"
+    )
+    size.add_argument("--full", action="store_true", help="ops: every case and rival")
+    parser.add_argument("--list", action="store_true", help="say each shape and its floor, and run nothing")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="*", help="stages to run, in the order given (default: all)")
-    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
-    arguments = parser.parse_args()
-    known = {stage.name: stage for stage in stages()}
-    unknown = [name for name in arguments.stage if name not in known]
-    if unknown:
-        parser.error(f"no stage {', '.join(unknown)}; choose from {', '.join(known)}")
-    chosen = [known[name] for name in arguments.stage] or list(known.values())
-    if arguments.list or not torch.cuda.is_available():
-        for stage in chosen:
-            describe(stage)
-        if not torch.cuda.is_available():
-            print(f"Nothing was run: torch {torch.__version__} sees no NVIDIA GPU. Run this on a machine that has one.")
+    given = parsed()
+    if given.here and RESTARTED not in os.environ:
+        command = [sys.executable, "-m", "bench.gpu", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**kit.environment(), RESTARTED: "1"})
+    import torch
+
+    if given.list or not torch.cuda.is_available():
+        from .floors import describe
+
+        describe(given.op)
+    if not torch.cuda.is_available():
+        print(f"Nothing was run: torch {torch.__version__} sees no NVIDIA GPU. Run this on a machine that has one.")
+    if given.list or not torch.cuda.is_available():
         return
-    failed = []
-    for stage in chosen:
-        if run(stage):
-            continue
-        failed.append(stage.name)
-        if stage.required:
-            break
+    given.out = given.out.resolve()
+    given.out.mkdir(parents=True, exist_ok=True)
+    os.environ["BENCH_RESULTS"] = str(given.out)
+    again = " ".join(["python -m bench.gpu", *(["--here"] if given.here else []), f"--out {given.out}"])
+    failed = run(Session(given), given.stage or list(STAGES), again)
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+        sys.exit(f"not all well: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ CALLS_A_ROUND = 10
 CACHE_BYTES = 256 * 2**20
 COPY_BYTES = 2**30
 GEMM_SIZE = 8192
+POISONED = 75
+"""Exit status of a process whose device no longer answers: whoever started it goes on without the culprit."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,19 @@ class Ceilings:
     bytes: float
 
 
-def median_seconds(contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+def median_seconds(
+    contenders: Mapping[str, Callable[[], object]], trying: Callable[[str], object] = lambda name: None
+) -> dict[str, float]:
     """Median seconds of each contender on the GPU's own clock.
 
     Each call is captured into a CUDA graph where it can be, so that a short kernel is not timed by its launch. Before
     each call the cache is overwritten, which also gives the CPU time to queue the call. Contenders take turns.
+    ``trying`` hears the name of each contender before it is captured, which is what a process may not survive.
     """
-    calls = {name: _captured(run) for name, run in contenders.items()}
+    calls = {}
+    for name, run in contenders.items():
+        trying(name)
+        calls[name] = captured(run)
     cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
@@ -49,7 +58,12 @@ def ceilings() -> Ceilings:
     return Ceilings(2.0 * GEMM_SIZE**3 / seconds["gemm"], 2.0 * COPY_BYTES / seconds["copy"])
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The replay of ``run`` captured into a graph; ``run`` itself if it waits for the device or fails in a capture.
+
+    Raises:
+        SystemExit: ``POISONED``, if the device no longer answers after a capture that failed.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,10 +75,23 @@ def _captured(run: Callable[[], object]) -> Callable[[], object]:
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # a call that waits for the device, or allocates in a way that a graph cannot hold
-        torch.cuda.synchronize()
+        graph.replay()
+    except Exception:  # whatever the call raises inside a capture, it can still be timed outside one
+        require_answer()
         return run
+    require_answer()
     return graph.replay
+
+
+def require_answer() -> None:
+    """Leave the process with ``POISONED`` unless the device still computes: its errors stay for a process's life."""
+    try:
+        alive = int(torch.ones(2, device="cuda").sum()) == 2
+        torch.cuda.synchronize()
+    except RuntimeError:
+        alive = False
+    if not alive:
+        sys.exit(POISONED)
 
 
 def _timed(call: Callable[[], object], cache: torch.Tensor) -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -1,9 +1,10 @@
 """A linear layer whose result is a site's value: restored, noised, and added to the residual stream, in one pass.
 
-``out = restore(x Wᵀ + b + (x K) Uᵀ, source, bank) + mask * sigma * normal + residual``
+``out = gate * (restore(x Wᵀ + b + (x K) Uᵀ, source, bank) + mask * sigma * normal) + residual``
 
-The site's value is what a hook would see: everything before the residual, in the storage dtype. Codes of rows copy what
-the *source row* computes, so an implementation may gather the source row's inputs instead of waiting for its result.
+The site's value is what a hook would see: everything before gate and residual, in the storage dtype. Codes of rows
+copy what the *source row* computes, so an implementation may gather the source row's inputs instead of waiting for its
+result.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def reference(
     bank: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     low_rank: Sequence[Tensor] | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """The projection by its definition.
 
@@ -44,6 +46,7 @@ def reference(
             ``sigma[b]`` times the normals of key ``seed[b]``, sample 0, token = position, as ``fasttrace.corruption``
             lays them out; after restoring.
         low_rank: ``(x K [B, P, r], U [B, N, r])``: each row's own edit of the weight, ``W + U Kᵀ``, r at most 64.
+        gate: ``[B, N]``, each row's own factor on the restored value, as a transformer's modulation gives it.
 
     Returns:
         ``[B, P, N]``, dtype of ``x``, contiguous. Products are summed in fp32 (fp64 for fp64 inputs).
@@ -51,15 +54,19 @@ def reference(
     Raises:
         KernelError: shapes that do not fit together.
     """
-    check_linear(x, weight, bias, residual, source, bank, noise, low_rank)
+    check_linear(x, weight, bias, residual, source, bank, noise, low_rank, gate)
     wide = torch.promote_types(x.dtype, torch.float32)
     value = x.to(wide) @ weight.to(wide).T
     if bias is not None:
         value += bias.to(wide)
     if low_rank is not None:
         value += low_rank[0].to(wide) @ low_rank[1].to(wide).transpose(1, 2)
-    value = noised(restore(value.to(x.dtype), source, bank), noise)
-    return value if residual is None else value + residual
+    value = noised(restore(value.to(x.dtype), source, bank), noise).to(wide)
+    if gate is not None:
+        value = value * gate.to(wide)[:, None]
+    if residual is not None:
+        value = value + residual.to(wide)
+    return value.to(x.dtype)
 
 
 def linear_torch(
@@ -71,14 +78,38 @@ def linear_torch(
     bank: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     low_rank: Sequence[Tensor] | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """The same by torch's matrix product, with copies after it."""
-    check_linear(x, weight, bias, residual, source, bank, noise, low_rank)
+    check_linear(x, weight, bias, residual, source, bank, noise, low_rank, gate)
+    value = noised_torch(restore(_product(x, weight, bias, low_rank), source, bank), noise)
+    if gate is None:
+        return value if residual is None else value + residual
+    gate = gate[:, None]
+    return value * gate if residual is None else torch.addcmul(residual, value, gate)
+
+
+def linear_epilogue(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    source: Tensor,
+    bank: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
+    low_rank: Sequence[Tensor] | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The same by the library's matrix product, and one pass of ``kernels/epilogue`` for all the rest."""
+    check_linear(x, weight, bias, residual, source, bank, noise, low_rank, gate)
+    value = _product(x, weight, bias, low_rank)
+    result: Tensor = _epilogue(value, source, bank, noise, gate=gate, residual=residual)
+    return result
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Sequence[Tensor] | None) -> Tensor:
     value = F.linear(x, weight, bias)
-    if low_rank is not None:
-        value = torch.baddbmm(value, low_rank[0], low_rank[1].transpose(1, 2))
-    value = noised_torch(restore(value, source, bank), noise)
-    return value if residual is None else value + residual
+    return value if low_rank is None else torch.baddbmm(value, low_rank[0], low_rank[1].transpose(1, 2))
 
 
 def noised(value: Tensor, noise: Sequence[Tensor] | None) -> Tensor:
@@ -116,6 +147,7 @@ def check_linear(
     bank: Tensor | None,
     noise: Sequence[Tensor] | None,
     low_rank: Sequence[Tensor] | None,
+    gate: Tensor | None,
 ) -> None:
     """Raise a ``KernelError`` for shapes that do not fit together."""
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
@@ -130,6 +162,7 @@ def check_linear(
         ("residual", residual, [rows, positions, channels]),
         ("source", source, [rows, positions]),
         ("bank", bank, [bank.shape[0] if bank is not None else 0, positions, channels]),
+        ("gate", gate, [rows, channels]),
     ]
     if noise is not None:
         named += zip(("sigma", "seed", "mask"), noise, ([rows], [rows], [rows, positions]), strict=True)
@@ -151,12 +184,18 @@ def shape_class(x: Tensor, weight: Tensor, *_: object, **__: object) -> str:
     return f"n{weight.shape[0]}_k{weight.shape[1]}_{few}"
 
 
+_epilogue = triton_launcher("epilogue")
+
 linear_restore = Op(
     "linear_restore",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor source, Tensor? bank=None, Tensor[]? noise=None,"
-    " Tensor[]? low_rank=None) -> Tensor",
+    " Tensor[]? low_rank=None, Tensor? gate=None) -> Tensor",
     reference=reference,
     fake=_fake,
-    implementations={"torch": linear_torch, "triton": triton_launcher("linear_restore")},
+    implementations={
+        "torch": linear_torch,
+        "epilogue": linear_epilogue,
+        "triton": triton_launcher("linear_restore"),
+    },
     shape_class=shape_class,
 )

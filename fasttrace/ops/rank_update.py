@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._ext import load_error
 from ..errors import KernelError
-from ._register import Op, triton_launcher
+from ._register import ImplementationError, Op, triton_launcher
 
 MAX_KERNEL_RANK = 64  # above it the work is a matrix product's, and torch's is used
 _BLOCK_BYTES = 4 << 20  # an fp32 block of rows that stays in a CPU's cache between its three uses
@@ -98,12 +98,12 @@ def update_cuda(
     """The CUDA kernel of csrc/: 48 matrices a launch, and nothing copied to the device first."""
     error = load_error()
     if error:
-        raise KernelError(f"rank_update: {error}; or choose another implementation of the op")
+        raise ImplementationError(f"rank_update: {error}; or choose another implementation of the op", lasting=True)
     left, right = [a.float().contiguous() for a in left], [b.float().contiguous() for b in right]
     try:
         torch.ops.fasttrace_ext.rank_update(out, weights, left, right)
     except RuntimeError as failure:
-        raise KernelError(f"rank_update: {failure}; or choose another implementation of the op") from failure
+        raise ImplementationError(f"rank_update: {failure}; or choose another implementation of the op") from failure
     _mark_written(out)
 
 
@@ -125,6 +125,11 @@ def check_update(
             raise KernelError(
                 f"rank_update: matrix {i} has weight {list(w.shape)}, left {list(a.shape)}, right {list(b.shape)};"
                 " expected [N, K], [N, r], [K, r]"
+            )
+        if not w.device == a.device == b.device:
+            raise KernelError(
+                f"rank_update: matrix {i} has its weight on {w.device}, its factors on {a.device} and {b.device};"
+                f" move the factors to {w.device}"
             )
     if out is None:
         return
@@ -163,4 +168,5 @@ update = Op(
     fake=_fake,
     implementations={"torch": update_torch, "triton": update_triton, "cuda": update_cuda},
     shape_class=shape_class,
+    writes=3,
 )

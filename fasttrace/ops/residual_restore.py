@@ -1,4 +1,4 @@
-"""A resnet's shortcut addition, whose result is a site's value: ``restore((shortcut + hidden) / s) + noise``."""
+"""A resnet's shortcut addition, whose result is a site's value: ``restore((shortcut + hidden + b) / s) + noise``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def reference(
     bank: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     output_scale: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The addition by its definition. A spatial value in channels-last memory has a view ``[B, h w, C]``.
 
@@ -30,6 +31,8 @@ def reference(
         bank: ``[S, P, C]`` values that codes name.
         noise: ``(sigma [B] fp32, seed [B] int64, mask [B, P] bool)``, as in ``fasttrace.ops.linear_restore``.
         output_scale: diffusers' ``output_scale_factor``, which divides the sum.
+        bias: ``[C]``, of the second convolution and of the shortcut's together, where they were run without theirs: a
+            convolution's own bias is a pass of its own over its result.
 
     Returns:
         ``[B, P, C]``, dtype of ``hidden``, contiguous.
@@ -37,9 +40,12 @@ def reference(
     Raises:
         KernelError: shapes that do not fit together.
     """
-    check_residual(hidden, shortcut, source, bank, noise)
+    check_residual(hidden, shortcut, source, bank, noise, bias)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    value = ((shortcut.to(wide) + hidden.to(wide)) / output_scale).to(hidden.dtype)
+    total = shortcut.to(wide) + hidden.to(wide)
+    if bias is not None:
+        total += bias.to(wide)
+    value = (total / output_scale).to(hidden.dtype)
     return noised(restore(value, source, bank), noise).contiguous()
 
 
@@ -50,16 +56,22 @@ def residual_torch(
     bank: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     output_scale: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The same in the storage dtype, with copies after it."""
-    check_residual(hidden, shortcut, source, bank, noise)
-    value = shortcut + hidden
+    check_residual(hidden, shortcut, source, bank, noise, bias)
+    value = shortcut + (hidden if bias is None else hidden + bias)
     value = value if output_scale == 1.0 else value / output_scale
     return noised_torch(restore(value, source, bank), noise).contiguous()
 
 
 def check_residual(
-    hidden: Tensor, shortcut: Tensor, source: Tensor, bank: Tensor | None, noise: Sequence[Tensor] | None
+    hidden: Tensor,
+    shortcut: Tensor,
+    source: Tensor,
+    bank: Tensor | None,
+    noise: Sequence[Tensor] | None,
+    bias: Tensor | None,
 ) -> None:
     """Raise a ``KernelError`` for shapes that do not fit together."""
     if hidden.ndim != 3 or shortcut.shape != hidden.shape:
@@ -68,6 +80,8 @@ def check_residual(
         )
     rows, positions, channels = hidden.shape
     named = [("source", source, [rows, positions])]
+    if bias is not None:
+        named.append(("bias", bias, [channels]))
     if bank is not None:
         named.append(("bank", bank, [bank.shape[0], positions, channels]))
     if noise is not None:
@@ -89,10 +103,10 @@ def shape_class(hidden: Tensor, *_: object, **__: object) -> str:
 
 residual_restore = Op(
     "residual_restore",
-    "(Tensor hidden, Tensor shortcut, Tensor source, Tensor? bank=None, Tensor[]? noise=None, float output_scale=1.0)"
-    " -> Tensor",
+    "(Tensor hidden, Tensor shortcut, Tensor source, Tensor? bank=None, Tensor[]? noise=None, float output_scale=1.0,"
+    " Tensor? bias=None) -> Tensor",
     reference=reference,
     fake=_fake,
-    implementations={"torch": residual_torch, "triton": triton_launcher("residual_restore")},
+    implementations={"torch": residual_torch, "triton": triton_launcher("residual_restore", "epilogue")},
     shape_class=shape_class,
 )

@@ -1,9 +1,10 @@
-"""Which implementation of an op runs: data, not code.
+"""Which implementation of an op runs where nobody measured on the card at hand: data, not code.
 
 ``selection.csv`` beside this file holds, for each op, shape class and GPU architecture, the fastest implementation that
-was *measured* there (``make gpu`` writes it). What was never measured takes the op's safe choice. Two overrides: the
-argument ``implementation="triton"`` of an op, and after it the environment variable ``FASTTRACE_IMPL``, which is a name
-for all ops (``triton``) or a list (``attention_restore=triton,geglu=torch``).
+was *measured* there (``make gpu`` writes it). It is the first guess for the whole family of that architecture, until
+`fasttrace.ops.tuning` has measured on the user's own card; what no row speaks of takes the op's safe choice. Two
+overrides: the argument ``implementation="triton"`` of an op, and after it the environment variable ``FASTTRACE_IMPL``,
+which is a name for all ops (``triton``) or a list (``attention_restore=triton,geglu=torch``).
 """
 
 from __future__ import annotations
@@ -30,30 +31,32 @@ def measured() -> dict[tuple[str, str, int], str]:
         }
 
 
-def choose(op: str, shape_class: str, arch: int | None, available: Collection[str], safe: str) -> str:
-    """The implementation that runs when a call names none.
+def first_guess(op: str, shape_class: str, arch: int) -> str | None:
+    """What won on the nearest architecture of the same family: sm_80 speaks for sm_86 and sm_89, sm_90 for no sm_100.
 
-    Args:
-        op: name of the op.
-        shape_class: the op's own class of the call's shapes.
-        arch: compute capability of the device, ``None`` on a CPU.
-        available: implementations that the op has.
-        safe: what runs where nothing was measured, and on a CPU.
+    An older relative is nearer than a newer one. ``None`` where the family has no row.
+    """
+    family = [known for (name, kind, known) in measured() if (name, kind, known // 10) == (op, shape_class, arch // 10)]
+    if not family:
+        return None
+    nearest = max((known for known in family if known <= arch), default=min(family))
+    return measured()[op, shape_class, nearest]
+
+
+def override(op: str, available: Collection[str]) -> str | None:
+    """What ``FASTTRACE_IMPL`` says of an op, or ``None``.
 
     Raises:
-        KernelError: ``FASTTRACE_IMPL`` asks this op, by name, for an implementation that it does not have, or cannot be
-            read. A name for all ops is ignored by ops that lack it.
+        KernelError: it asks this op, by name, for an implementation that it does not have, or cannot be read. A name
+            for all ops is ignored by ops that lack it.
     """
     wanted = os.environ.get(ENVIRONMENT)
-    if wanted:
-        general, by_op = parse_override(wanted)
-        if op in by_op:
-            return known(op, by_op[op], available)
-        if general in available:
-            return general
-    if arch is None:
-        return safe
-    return measured().get((op, shape_class, arch), safe)
+    if not wanted:
+        return None
+    general, by_op = parse_override(wanted)
+    if op in by_op:
+        return known(op, by_op[op], available)
+    return general if general in available else None
 
 
 def known(op: str, implementation: str, available: Collection[str]) -> str:

@@ -70,6 +70,8 @@ def _attend(
     q,
     k,
     v,
+    more_k,
+    more_v,
     kv_row,
     kv_length,
     row,
@@ -77,12 +79,17 @@ def _attend(
     o_m,
     M,
     N,
+    L,
     s_qb,
     s_qm,
     s_kb,
     s_kn,
     s_vb,
     s_vn,
+    s_mkb,
+    s_mkn,
+    s_mvb,
+    s_mvn,
     scale,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -93,7 +100,8 @@ def _attend(
 ):
     """One block of queries of one row and head, over all its visible keys: fp32 ``[BM, D0]`` and ``[BM, D1]``.
 
-    ``N = 0`` gives zeros: so do rows with no visible key, and blocks that nobody needs.
+    ``N = L = 0`` gives zeros: so do rows with no visible key, and blocks that nobody needs. The ``L`` keys of the
+    second segment are all visible.
     """
     o_d0, o_d1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 > 0 else 16)
     row_kv = row if kv_row is None else tl.load(kv_row + row).to(tl.int64)
@@ -122,6 +130,16 @@ def _attend(
         acc0, acc1, b_max, b_sum, b_q0, b_q1, p_k, p_v, s_kn, s_vn, o_m, whole, last, n_keys, scale,
         D, D0, D1, BN, CAUSAL, True,
     )  # fmt: skip
+    if more_k is not None:
+        p_k, p_v = more_k + row_kv * s_mkb + head * D, more_v + row_kv * s_mvb + head * D
+        acc0, acc1, b_max, b_sum = _accumulate(
+            acc0, acc1, b_max, b_sum, b_q0, b_q1, p_k, p_v, s_mkn, s_mvn, o_m, 0, L // BN * BN, L, scale,
+            D, D0, D1, BN, False, False,
+        )  # fmt: skip
+        acc0, acc1, b_max, b_sum = _accumulate(
+            acc0, acc1, b_max, b_sum, b_q0, b_q1, p_k, p_v, s_mkn, s_mvn, o_m, L // BN * BN, L, L, scale,
+            D, D0, D1, BN, False, True,
+        )  # fmt: skip
     b_inverse = tl.where(b_sum > 0, 1.0 / b_sum, 0.0)[:, None]
     return acc0 * b_inverse, acc1 * b_inverse
 
@@ -153,6 +171,8 @@ def attention_restore_kernel(
     q,  # [B, M, H, D] at strides (s_qb, s_qm, D, 1)
     k,  # [Bk, N, H, D] at strides (s_kb, s_kn, D, 1)
     v,  # [Bk, N, H, D] at strides (s_vb, s_vn, D, 1)
+    more_k,  # [Bk, L, H, D] at strides (s_mkb, s_mkn, D, 1), or None
+    more_v,  # [Bk, L, H, D] at strides (s_mvb, s_mvn, D, 1), or None
     source,  # [B, M] at strides (s_sb, s_sm), or None
     head_source,  # [B, M, H] at strides (s_hb, s_hm, s_hh), or None
     bank,  # [S, M, H, D] at strides (s_bs, s_bm, s_bh, 1), or None
@@ -161,6 +181,7 @@ def attention_restore_kernel(
     B,
     M,
     N,
+    L,
     H,
     scale,  # factor on the scores, times log2(e)
     s_qb,
@@ -169,6 +190,10 @@ def attention_restore_kernel(
     s_kn,
     s_vb,
     s_vn,
+    s_mkb,
+    s_mkn,
+    s_mvb,
+    s_mvn,
     s_sb,
     s_sm,
     s_hb,
@@ -197,10 +222,13 @@ def attention_restore_kernel(
     p_out = out + ((row * M + o_m) * H + head)[:, None] * D
 
     if head_source is None:
-        keys = N if source is None else tl.where(tl.max(m_needed.to(tl.int32)) > 0, N, 0)
+        keys, more = N, L
+        if source is not None:
+            needed = tl.max(m_needed.to(tl.int32))
+            keys, more = N * needed, L * needed
         b_z0, b_z1 = _attend(
-            q, k, v, kv_row, kv_length, row, head, o_m, M, keys, s_qb, s_qm, s_kb, s_kn, s_vb, s_vn, scale,
-            D, D0, D1, BM, BN, CAUSAL,
+            q, k, v, more_k, more_v, kv_row, kv_length, row, head, o_m, M, keys, more, s_qb, s_qm, s_kb, s_kn,
+            s_vb, s_vn, s_mkb, s_mkn, s_mvb, s_mvn, scale, D, D0, D1, BM, BN, CAUSAL,
         )  # fmt: skip
         if source is not None:
             b_z0, b_z1 = tl.where(m_needed[:, None], b_z0, 0.0), tl.where(m_needed[:, None], b_z1, 0.0)
@@ -222,8 +250,8 @@ def attention_restore_kernel(
         served = tl.max(b_row)
         while served >= 0:
             b_z0, b_z1 = _attend(
-                q, k, v, kv_row, kv_length, served.to(tl.int64), head, o_m, M, N, s_qb, s_qm, s_kb, s_kn, s_vb, s_vn,
-                scale, D, D0, D1, BM, BN, CAUSAL,
+                q, k, v, more_k, more_v, kv_row, kv_length, served.to(tl.int64), head, o_m, M, N, L, s_qb, s_qm, s_kb,
+                s_kn, s_vb, s_vn, s_mkb, s_mkn, s_mvb, s_mvn, scale, D, D0, D1, BM, BN, CAUSAL,
             )  # fmt: skip
             b_z0 += _slots(bank, -(b_code - ADD), m_added, o_m, head, s_bs, s_bm, s_bh, D, 0, D0)
             b_z1 += _slots(bank, -(b_code - ADD), m_added, o_m, head, s_bs, s_bm, s_bh, D, D0, D1)

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..aot import CompileCase
-from ..configs import arch_of
+from ..configs import arch_of, on_its_device
 from .kernel import attention_restore_kernel
 
 MAX_HEAD_DIM = 160
@@ -57,6 +57,7 @@ def config(arch, head_dim, queries, keys, head_values):
     return CONFIGS[90 if arch >= 90 else 80, columns, kind]
 
 
+@on_its_device
 def attention_restore(
     q,
     k,
@@ -68,23 +69,26 @@ def attention_restore(
     kv_length=None,
     causal=False,
     scale=None,
+    more_k=None,
+    more_v=None,
     *,
     out=None,
     blocks=None,
+    columns=None,
 ):
     """Launch the kernel: arguments and result of ``fasttrace.ops.attention_restore.reference``.
 
     Heads must be adjacent in memory, as a projection leaves them: strides ``(any, any, d, 1)`` for ``q``, ``k`` and
-    ``v``, and contiguous ``d`` for ``bank``. ``out`` is for tests, ``blocks`` (an entry of ``CONFIGS``) for tests and
-    tuning.
+    ``v`` and their second segments, and contiguous ``d`` for ``bank``. ``out`` is for tests, ``blocks`` (an entry of
+    ``CONFIGS``) and ``columns`` (``split`` by default) for tests and tuning.
 
     Raises:
         ValueError: a layout or head dimension that the kernel does not take.
     """
     rows, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.stride()[2:] != (head_dim, 1):
+    keys, more = k.shape[1], 0 if more_k is None else more_k.shape[1]
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("more_k", more_k), ("more_v", more_v)):
+        if tensor is not None and tensor.stride()[2:] != (head_dim, 1):
             raise ValueError(f"{name} has strides {tensor.stride()}: heads must be adjacent, (any, any, {head_dim}, 1)")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head dimension {head_dim}: the kernel takes at most {MAX_HEAD_DIM}")
@@ -93,15 +97,17 @@ def attention_restore(
     if out.numel() == 0:
         return out
     if blocks is None:
-        blocks = config(arch_of(q), head_dim, queries, keys, head_source is not None)
+        blocks = config(arch_of(q), head_dim, queries, keys + more, head_source is not None)
     block_m, block_n, warps, stages = blocks
-    columns, rest = split(head_dim)
+    columns, rest = columns or split(head_dim)
     none = (0, 0, 0)
     attention_restore_kernel[(triton.cdiv(queries, block_m) * heads * rows,)](
         out,
         q,
         k,
         v,
+        more_k,
+        more_v,
         source,
         head_source,
         bank,
@@ -110,11 +116,14 @@ def attention_restore(
         rows,
         queries,
         keys,
+        more,
         heads,
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
+        *(none[:2] if more_k is None else more_k.stride()[:2]),
+        *(none[:2] if more_v is None else more_v.stride()[:2]),
         *(none[:2] if source is None else source.stride()),
         *(none if head_source is None else head_source.stride()),
         *(none if bank is None else bank.stride()[:3]),
@@ -128,6 +137,16 @@ def attention_restore(
         num_stages=stages,
     )
     return out
+
+
+def padded(head_dim):
+    """Columns as one power of two: 64 for 40, where `split` takes 32 + 16."""
+    return max(16, triton.next_power_of_2(head_dim)), 0
+
+
+def attention_restore_padded(q, *args, **kwargs):
+    """`attention_restore` with heads padded to a power of two: more arithmetic in fewer, wider instructions."""
+    return attention_restore(q, *args, **kwargs, columns=padded(q.shape[3]))
 
 
 # Name, head dimension, queries, keys: the attentions of SD1.x, SD2.x, SDXL and their text encoders. Small: 256 x 256.
@@ -146,11 +165,12 @@ TRUE_SHAPES = (
 )
 
 
-def _case(name, arch, head_dim, queries, keys, given, dtype="fp16"):
+def _case(name, arch, head_dim, queries, keys, given, dtype="fp16", columns=None):
     block_m, block_n, warps, stages = config(arch, head_dim, queries, keys, "head_source" in given)
     pointers = {"source": "*i32:16", "head_source": "*i32:16", "bank": f"*{dtype}:16", "kv_row": "*i32:16"}
     optional = {**pointers, "kv_length": "*i32:16"}
-    strides = ("qb", "qm", "kb", "kn", "vb", "vn", "bs", "bm")
+    optional |= {"more_k": f"*{dtype}:16", "more_v": f"*{dtype}:16"}
+    strides = ("qb", "qm", "kb", "kn", "vb", "vn", "mkb", "mkn", "mvb", "mvn", "bs", "bm")
     return CompileCase(
         kernel="attention_restore",
         config=name,
@@ -158,13 +178,13 @@ def _case(name, arch, head_dim, queries, keys, given, dtype="fp16"):
         arguments={
             **dict.fromkeys(("out", "q", "k", "v"), f"*{dtype}:16"),
             **{n: optional[n] for n in given},
-            **dict.fromkeys(("B", "M", "N", "H", "s_sb", "s_sm", "s_hb", "s_hm", "s_hh", "s_bh"), "i32"),
+            **dict.fromkeys(("B", "M", "N", "L", "H", "s_sb", "s_sm", "s_hb", "s_hm", "s_hh", "s_bh"), "i32"),
             **{f"s_{n}": "i32:16" for n in strides},
             "scale": "fp32",
         },
         constants={
             **{n: None for n in optional if n not in given},
-            **dict(zip(("D0", "D1"), split(head_dim), strict=True)),
+            **dict(zip(("D0", "D1"), columns or split(head_dim), strict=True)),
             "D": head_dim,
             "BM": block_m,
             "BN": block_n,
@@ -192,6 +212,11 @@ def compile_cases():
     ]
     return [
         *cases,
+        *(
+            _case(f"sd15_self_{length}_fp16_padded", 90, width, length, length, (), columns=padded(width))
+            for length, width in ((4096, 40), (1024, 80), (256, 160))
+        ),
+        _case("sd3_joint_4096_bf16", 90, 64, 4096, 4096, ("source", "more_k", "more_v"), "bf16"),
         _case("sd15_self_4096_fp16_plain", 90, 40, 4096, 4096, ()),
         _case("sdxl_self_4096_bf16", 90, 64, 4096, 4096, ("source",), "bf16"),
         _case("clip_text_77_fp16_lengths", 90, 64, 77, 77, ("source", "kv_length")),

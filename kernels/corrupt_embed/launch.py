@@ -4,12 +4,14 @@ import torch
 import triton
 
 from ..aot import CompileCase
+from ..configs import on_its_device
 from .kernel import corrupt_embed_kernel
 
 # One config for every architecture and width: rows and channels a program, warps.
 CONFIG = {"BR": 4, "BD": 256, "num_warps": 4}
 
 
+@on_its_device
 def corrupt_embed(ids, table, positions, mask, sigma, sample, seed, *, out=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.corrupt_embed.reference``.
 

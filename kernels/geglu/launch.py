@@ -1,5 +1,6 @@
 """Configs and launcher of ``geglu``."""
 
+from ..configs import on_its_device
 from ..way_up import launch_way_up, way_up_cases
 from .kernel import geglu_kernel
 
@@ -13,6 +14,7 @@ CONFIGS = {
 }
 
 
+@on_its_device
 def geglu(x, weight, bias, source=None, *, out=None, tile=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.geglu.reference``.
 

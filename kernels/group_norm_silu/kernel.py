@@ -14,10 +14,12 @@ def _members(WIDTH: tl.constexpr, CPG: tl.constexpr, GT: tl.constexpr, BC: tl.co
 @triton.jit
 def group_norm_silu_stats_kernel(
     x,  # [B, P, C] at strides (s_x_b, s_x_p, 1)
+    shift,  # [B, C] at strides (s_shift_b, 1), added to x, or None
     partial,  # fp32 [2, B, CHUNKS, G], contiguous: mean, and sum of squared differences from it
     P,
     s_x_b,
     s_x_p,
+    s_shift_b,
     C: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
@@ -48,6 +50,8 @@ def group_norm_silu_stats_kernel(
 
     b_s = tl.sum(b_sum, 0)
     b_mean = b_shift + b_s / count  # [BC], each channel's
+    if shift is not None:
+        b_mean += tl.load(shift + row * s_shift_b + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_m2 = tl.sum(b_square, 0) - b_s * b_s / count
     m_member = _members(WIDTH, CPG, GT, BC)
     b_group = tl.sum(tl.where(m_member, b_mean[None, :], 0.0), 1) / CPG  # [GT]
@@ -64,6 +68,7 @@ def group_norm_silu_stats_kernel(
 @triton.jit
 def group_norm_silu_kernel(
     x,  # [B, P, C] at strides (s_x_b, s_x_p, 1)
+    shift,  # [B, C] at strides (s_shift_b, 1), added to x, or None
     partial,  # fp32 [2, B, CHUNKS, G], contiguous, from the first stage
     weight,  # [C]
     bias,  # [C]
@@ -72,6 +77,7 @@ def group_norm_silu_kernel(
     eps,
     s_x_b,
     s_x_p,
+    s_shift_b,
     C: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
@@ -106,6 +112,8 @@ def group_norm_silu_kernel(
     b_scale_c = tl.sum(tl.where(m_member, b_scale[:, None], 0.0), 0)
     b_w = tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float32) * b_scale_c
     b_b = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if shift is not None:
+        b_mean_c -= tl.load(shift + row * s_shift_b + o_c, mask=m_c, other=0.0).to(tl.float32)
     for start in range(0, ROWS, BP):
         o_p = first + start + tl.arange(0, BP)
         m = (o_p < P)[:, None] & m_c[None, :]

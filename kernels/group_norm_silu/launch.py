@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from ..configs import ARCHS, compile_case, require_adjacent_channels
+from ..configs import ARCHS, compile_case, on_its_device, require_adjacent_channels
 from .kernel import group_norm_silu_kernel, group_norm_silu_stats_kernel
 
 GROUPS_PER_PROGRAM = 8
@@ -23,13 +23,14 @@ def sizes(positions, channels, groups):
     return {"C": channels, "G": groups, "ROWS": rows, "GT": GROUPS_PER_PROGRAM, "BP": block_p, "BC": block_c}
 
 
-def group_norm_silu(x, weight, bias, groups, eps=1e-5, silu=True, *, out=None):
+@on_its_device
+def group_norm_silu(x, weight, bias, groups, eps=1e-5, silu=True, shift=None, *, out=None):
     """Launch both stages: arguments and result of ``fasttrace.ops.group_norm_silu.reference``. ``out`` is for tests.
 
     Raises:
-        ValueError: ``x`` whose channels are not adjacent in memory.
+        ValueError: ``x`` or ``shift`` whose channels are not adjacent in memory.
     """
-    require_adjacent_channels(x=x)
+    require_adjacent_channels(x=x, shift=shift)
     rows, positions, channels = x.shape
     if out is None:
         out = torch.empty((rows, positions, channels), dtype=x.dtype, device=x.device)
@@ -39,10 +40,11 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-5, silu=True, *, out=None):
     chunks = triton.cdiv(positions, blocks["ROWS"])
     grid = (chunks, triton.cdiv(groups, GROUPS_PER_PROGRAM), rows)
     partial = torch.empty((2, rows, chunks, groups), dtype=torch.float32, device=x.device)
-    strides = x.stride()[:2]
-    group_norm_silu_stats_kernel[grid](x, partial, positions, *strides, **blocks, **LAUNCH)
+    strides = (*x.stride()[:2], 0 if shift is None else shift.stride(0))
+    group_norm_silu_stats_kernel[grid](x, shift, partial, positions, *strides, **blocks, **LAUNCH)
     group_norm_silu_kernel[grid](
         x,
+        shift,
         partial,
         weight.contiguous(),
         bias.contiguous(),
@@ -58,11 +60,12 @@ def group_norm_silu(x, weight, bias, groups, eps=1e-5, silu=True, *, out=None):
     return out
 
 
-# Name, P, C, dtype, whether SiLU follows.
+# Name, P, C, dtype, whether SiLU follows, whether a shift is given.
 TRUE_SHAPES = (
-    ("sd15_4096x320", 4096, 320, "fp16", True),
-    ("sd15_64x2560", 64, 2560, "bf16", False),
-    ("sd15_1024x640", 1024, 640, "fp32", True),
+    ("sd15_4096x320", 4096, 320, "fp16", True, False),
+    ("sd15_4096x320_shift", 4096, 320, "fp16", True, True),
+    ("sd15_64x2560", 64, 2560, "bf16", False, False),
+    ("sd15_1024x640", 1024, 640, "fp32", True, False),
 )
 
 
@@ -70,12 +73,15 @@ def compile_cases():
     """Both stages at widths of SD1.x and SDXL."""
     cases = []
     for arch in ARCHS:
-        for name, positions, channels, dtype, silu in TRUE_SHAPES:
+        for name, positions, channels, dtype, silu, shifted in TRUE_SHAPES:
             blocks = {**sizes(positions, channels, 32), **LAUNCH}
             chunks = triton.next_power_of_2(triton.cdiv(positions, blocks["ROWS"]))
-            stats = {"x": f"*{dtype}:16", "partial": "*fp32:16", "P": "i32:16", "s_x_b": "i32:16", "s_x_p": "i32:16"}
+            stats = {"x": f"*{dtype}:16", "partial": "*fp32:16"}
+            stats |= dict.fromkeys(("P", "s_x_b", "s_x_p", "s_shift_b"), "i32:16")
+            stats |= {"shift": f"*{dtype}:16"} if shifted else {}
+            absent = {} if shifted else {"shift": None}
             apply = {**stats, **dict.fromkeys(("weight", "bias", "out"), f"*{dtype}:16"), "eps": "fp32"}
-            label, extra = f"{name}_{dtype}", {"CHUNKS": chunks, "SILU": silu}
-            cases.append(compile_case(group_norm_silu_stats_kernel, label, blocks, arch, stats, {}))
+            label, extra = f"{name}_{dtype}", {"CHUNKS": chunks, "SILU": silu, **absent}
+            cases.append(compile_case(group_norm_silu_stats_kernel, label, blocks, arch, stats, absent))
             cases.append(compile_case(group_norm_silu_kernel, label, blocks, arch, apply, extra))
     return cases

@@ -13,6 +13,7 @@ def linear_restore_kernel(
     x,  # [B, P, K] at strides (s_x_b, s_x_p, 1)
     weight,  # [N, K], contiguous
     bias,  # [N], or None
+    gate,  # [B, N] at strides (s_gate_b, 1), or None
     residual,  # [B, P, N] at strides (s_res_b, s_res_p, 1), or None
     source,  # [B, P] at strides (s_src_b, s_src_p)
     bank,  # [S, P, N] at strides (s_bank_s, s_bank_p, 1), or None
@@ -26,6 +27,7 @@ def linear_restore_kernel(
     P,
     s_x_b,
     s_x_p,
+    s_gate_b,
     s_res_b,
     s_res_p,
     s_src_b,
@@ -77,6 +79,9 @@ def linear_restore_kernel(
     b_v = apply_slots(b_v, b_code, B, bank, o_p, o_n, m_n, s_bank_s, s_bank_p)
     b_v = add_noise(b_v, m_m, sigma, seed, noise_mask, o_b, o_p, first_n, s_mask_b, s_mask_p, BN)
     m_mn = m_m[:, None] & m_n[None, :]
+    if gate is not None:
+        p_gate = gate + (o_b.to(tl.int64) * s_gate_b)[:, None] + o_n[None, :]
+        b_v *= tl.load(p_gate, mask=m_mn, other=0.0).to(tl.float32)
     if residual is not None:
         p_res = residual + (o_b.to(tl.int64) * s_res_b + o_p.to(tl.int64) * s_res_p)[:, None] + o_n[None, :]
         b_v += tl.load(p_res, mask=m_mn, other=0.0).to(tl.float32)

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from ..configs import ARCHS, arch_of, compile_case, config, require_adjacent_channels
+from ..configs import ARCHS, arch_of, compile_case, config, on_its_device, require_adjacent_channels
 from .kernel import linear_restore_kernel
 
 # Tile and pipeline by (architecture, size class).
@@ -37,15 +37,18 @@ def rank_block(rank):
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear_restore(x, weight, bias, residual, source, bank=None, noise=None, low_rank=None, *, out=None, tile=None):
+@on_its_device
+def linear_restore(
+    x, weight, bias, residual, source, bank=None, noise=None, low_rank=None, gate=None, *, out=None, tile=None
+):
     """Launch the kernel: arguments and result of ``fasttrace.ops.linear_restore.reference``.
 
     ``out`` is for tests; ``tile`` overrides the config, for tests and tuning.
 
     Raises:
-        ValueError: ``x``, ``residual`` or ``bank`` whose channels are not adjacent in memory.
+        ValueError: ``x``, ``residual``, ``bank`` or ``gate`` whose channels are not adjacent in memory.
     """
-    require_adjacent_channels(x=x, residual=residual, bank=bank)
+    require_adjacent_channels(x=x, residual=residual, bank=bank, gate=gate)
     rows, positions, width = x.shape
     channels = weight.shape[0]
     if out is None:
@@ -60,6 +63,7 @@ def linear_restore(x, weight, bias, residual, source, bank=None, noise=None, low
         x,
         weight.contiguous(),
         bias,
+        gate,
         residual,
         source,
         bank,
@@ -72,6 +76,7 @@ def linear_restore(x, weight, bias, residual, source, bank=None, noise=None, low
         rows,
         positions,
         *x.stride()[:2],
+        0 if gate is None else gate.stride(0),
         *((0, 0) if residual is None else residual.stride()[:2]),
         *source.stride(),
         *((0, 0) if bank is None else bank.stride()[:2]),
@@ -90,6 +95,7 @@ TRUE_SHAPES = (
     ("sd15_320_attn", "narrow", 320, 320, "fp16", ("residual", "bank")),
     ("sd15_1280_mlp", "wide", 1280, 5120, "fp16", ("residual", "bank")),
     ("sdxl_640_attn", "wide", 640, 640, "bf16", ("residual", "bank")),
+    ("sd3_1536_attn", "wide", 1536, 1536, "bf16", ("residual", "bank", "gate")),
     ("clip_l_mlp", "few", 768, 3072, "fp16", ("residual", "bank", "low_rank")),
     ("sd15_640_noise", "noise", 640, 640, "fp16", ("residual", "bank", "noise", "low_rank")),
     ("clip_l_attn", "fp32", 768, 768, "fp32", ("residual", "bank", "noise", "low_rank")),
@@ -103,17 +109,19 @@ def compile_cases():
         for name, key, channels, width, dtype, options in TRUE_SHAPES:
             optional = {
                 "residual": {"residual": f"*{dtype}:16"},
+                "gate": {"gate": f"*{dtype}:16"},
                 "bank": {"bank": f"*{dtype}:16"},
                 "noise": {"sigma": "*fp32:16", "seed": "*i64:16", "noise_mask": "*i1:16"},
                 "low_rank": {"edit_x": f"*{dtype}:16", "edit_u": f"*{dtype}:16"},
             }
             given = {n: kind for option in options for n, kind in optional[option].items()}
+            wide = ("s_x_b", "s_x_p", "s_gate_b", "s_res_b", "s_res_p", "s_bank_s", "s_bank_p")
             arguments = {
                 **dict.fromkeys(("x", "weight", "bias", "out"), f"*{dtype}:16"),
                 "source": "*i32:16",
                 **given,
                 **dict.fromkeys(("B", "P", "s_src_b", "s_src_p", "s_mask_b", "s_mask_p"), "i32"),
-                **dict.fromkeys(("s_x_b", "s_x_p", "s_res_b", "s_res_p", "s_bank_s", "s_bank_p"), "i32:16"),
+                **dict.fromkeys(wide, "i32:16"),
             }
             rank = 16 if "low_rank" in options else 0
             constants = {"N": channels, "K": width, "RANK": rank, "BR": rank_block(rank)}

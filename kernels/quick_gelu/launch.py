@@ -1,17 +1,12 @@
-"""Configs and launcher of ``quick_gelu``."""
+"""Launcher of ``quick_gelu``: ``gelu_up`` with CLIP's own activation."""
 
+from ..configs import on_its_device
+from ..gelu_up.kernel import gelu_up_kernel
+from ..gelu_up.launch import CONFIGS
 from ..way_up import launch_way_up, way_up_cases
-from .kernel import quick_gelu_kernel
-
-# Tile and pipeline by (architecture, size class).
-CONFIGS = {
-    (80, "few"): {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
-    (80, "many"): {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    (80, "fp32"): {"BM": 32, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 2},
-    (90, "many"): {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
-}
 
 
+@on_its_device
 def quick_gelu(x, weight, bias, source=None, *, out=None, tile=None):
     """Launch the kernel: arguments and result of ``fasttrace.ops.quick_gelu.reference``.
 
@@ -20,7 +15,7 @@ def quick_gelu(x, weight, bias, source=None, *, out=None, tile=None):
     Raises:
         ValueError: ``x`` whose channels are not adjacent in memory.
     """
-    return launch_way_up(quick_gelu_kernel, CONFIGS, weight.shape[0], x, weight, bias, source, out, tile)
+    return launch_way_up(gelu_up_kernel, CONFIGS, weight.shape[0], x, weight, bias, source, out, tile, FORM="quick")
 
 
 # Name, size class, F, K, dtype, whether a source map is given.
@@ -34,4 +29,4 @@ TRUE_SHAPES = (
 
 def compile_cases():
     """Every config at the width of CLIP-L, the only text encoder of the family with this activation."""
-    return way_up_cases(quick_gelu_kernel, CONFIGS, TRUE_SHAPES)
+    return way_up_cases(gelu_up_kernel, CONFIGS, TRUE_SHAPES, FORM="quick")

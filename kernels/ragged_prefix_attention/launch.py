@@ -6,6 +6,7 @@ import torch
 import triton
 
 from ..aot import CompileCase
+from ..configs import on_its_device
 from .kernel import ragged_prefix_attention_kernel
 
 # Columns at most: queries a block, keys a block, warps, stages. Suffixes are short, so blocks are small.
@@ -22,6 +23,7 @@ def columns(head_dim):
     return max(16, triton.next_power_of_2(head_dim))
 
 
+@on_its_device
 def ragged_prefix_attention(
     q, k, v, k_base, v_base, cu_seqlens, base=None, key_mask=None, scale=None, *, out=None, blocks=None
 ):

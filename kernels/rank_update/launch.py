@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from ..configs import ARCHS, compile_case, require_adjacent_channels
+from ..configs import ARCHS, compile_case, on_its_device, require_adjacent_channels
 from .kernel import rank_update_kernel
 
 # Tile for every architecture: 32 elements a thread, so that four vectors of half precision are in flight; a quarter of
@@ -22,14 +22,19 @@ FIELDS = (
 )
 
 
+@on_its_device
 def rank_update(weights, left, right, out, *, tile=None):
     """Launch the kernel: arguments of ``fasttrace.ops.rank_update.reference``, which says what goes to ``out``.
 
     ``tile`` overrides the config, for tests and tuning.
 
     Raises:
-        ValueError: matrices of several dtypes or devices, fp64, or rows that are not contiguous.
+        ValueError: tensors of several devices, matrices of several dtypes, fp64, rows that are not contiguous, or a
+            first call with these tensors inside a graph capture, which cannot hold the copy of their table.
     """
+    devices = {t.device for t in (*weights, *out, *left, *right)}
+    if len(devices) > 1:
+        raise ValueError(f"tensors on {', '.join(sorted(map(str, devices)))}: one launch reads pointers of one device")
     kinds = {(t.dtype, t.device) for t in (*weights, *out)}
     if len(kinds) > 1 or torch.float64 in (t.dtype for t in weights):
         raise ValueError(f"weights {sorted(map(str, kinds))}: one launch takes one dtype, at most fp32, on one device")
@@ -67,6 +72,8 @@ def _whole_vectors(weight, out):
 @lru_cache(maxsize=16)
 def _table(columns, device):
     """The table on the device: the same tensors edited again need no second copy."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError("the table of these matrices is not on the device yet: call once before the graph is captured")
     return torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
 
 

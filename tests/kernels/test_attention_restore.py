@@ -69,6 +69,53 @@ def test_padding_and_rows_without_a_visible_key(causal, device, guarded, assert_
     assert not out[1].any()
 
 
+@pytest.mark.parametrize("width", [40, 48, 80])
+def test_heads_padded_to_a_power_of_two(width, device, guarded, assert_close):
+    from fasttrace.kernels.attention_restore.launch import padded, split
+
+    assert padded(width)[0] > sum(split(width)) or width == 48
+    q, k, v = qkv(1, 18, 35, 2, width)
+    assert_close(launch(guarded, q, k, v, columns=padded(width)), truth(q, k, v), 2e-6)
+
+
+@pytest.mark.parametrize("options", ["plain", "lengths", "shared", "restored", "heads"])
+@pytest.mark.parametrize("more", [1, 16, 35])
+def test_a_second_segment_of_keys(more, options, device, guarded, assert_close):
+    q, k, v = qkv(3, 18, 7, 2, 16, kv_rows=2 if options == "shared" else 3)
+    _, more_k, more_v = qkv(k.shape[0], 1, more, 2, 16, seed=1)
+    row = {"kv_row": torch.tensor([1, 0, 1], dtype=torch.int32)}
+    given = {
+        "plain": {},
+        "lengths": {"kv_length": torch.tensor([7, 0, 3], dtype=torch.int32)},
+        "shared": row,
+        "restored": {"source": torch.tensor([[0], [ZERO], [KEEP]], dtype=torch.int32).expand(3, 18).contiguous()},
+        "heads": {
+            "head_source": torch.tensor([[2], [KEEP], [ZERO]]).int().expand(3, 36).reshape(3, 18, 2).contiguous()
+        },
+    }[options]
+    expected = truth(q, k, v, **given, more_k=more_k.double(), more_v=more_v.double())
+    assert_close(launch(guarded, q, k, v, **given, more_k=more_k, more_v=more_v), expected, 2e-6)
+    assert_close(attention_sdpa(q, k, v, **given, more_k=more_k, more_v=more_v), expected, 2e-6)
+    if options == "plain":
+        both = truth(q, torch.cat([k, more_k], 1), torch.cat([v, more_v], 1))
+        assert_close(expected, both, 1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["absent", "shape", "causal"])
+def test_a_second_segment_that_does_not_fit_is_named(wrong):
+    q, k, v = qkv(2, 7, 7, 1, 8)
+    more = {"more_k": k, "more_v": v}
+    more |= {"absent": {"more_v": None}, "shape": {"more_v": v[:1]}, "causal": {"causal": True}}[wrong]
+    with pytest.raises(KernelError, match=r"more_k .*expected both"):
+        attention_restore(q, k, v, **more)
+
+
+def test_a_backend_that_is_not_there_says_so():
+    q, k, v = qkv(1, 3, 3, 1, 8)
+    with pytest.raises(KernelError, match="CUDNN_ATTENTION cannot serve this call"):
+        attention_restore(q, k, v, implementation="cudnn")
+
+
 def test_rows_that_share_the_keys_of_one_text(device, guarded, assert_close):
     q, k, v = qkv(5, 17, 7, 2, 8, kv_rows=2)
     options = {

@@ -1,4 +1,4 @@
-"""Every config of every kernel, compiled for sm_80 and sm_90 on a machine that has neither."""
+"""Every config of every kernel, compiled for sm_80 and sm_90, and one of each for sm_100, where there is none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench.compile_report import COLUMNS, RESULTS, all_cases, compile_case
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HMMA", "HGMMA"}}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTIONS = {80: {"HMMA"}, 90: {"HMMA", "HGMMA"}, 100: {"HMMA", "UTCHMMA"}}
 CASES = [(case, arch) for case in all_cases() for arch in case.archs]
 
 

@@ -15,9 +15,10 @@ from bench.gpu.choose import winners
 from bench.gpu.clock import Ceilings
 from bench.gpu.measure import cases, is_ours, judge, ops, rows
 from fasttrace.ops import selection
+from fasttrace.ops.linear_restore import shape_class as linear_class
 
 TOYS = [case for op in ops() for case in cases(op, toy=True)]
-NEEDS_GPU = ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
+NEEDS_GPU = ("cudnn", "flash", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "xformers")
 
 
 @pytest.mark.parametrize("case", TOYS, ids=[f"{case.op}-{case.shape}" for case in TOYS])
@@ -85,7 +86,7 @@ def test_measuring_writes_rows_and_choosing_writes_the_table(tmp_path, monkeypat
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "ceilings", lambda: Ceilings(flops=8e14, bytes=3e12))
     monkeypatch.setattr(
-        measure, "median_seconds", lambda calls: {name: 2e-6 for name in calls if calls[name]() is not None}
+        measure, "median_seconds", lambda calls, trying: {name: 2e-6 for name in calls if calls[name]() is not None}
     )
     measure.measure("attention_restore", device="cpu", toy=True)
     printed = capsys.readouterr().out
@@ -105,9 +106,39 @@ def test_measuring_writes_rows_and_choosing_writes_the_table(tmp_path, monkeypat
     ]
 
 
+def test_a_quick_measurement_has_one_case_a_shape_class():
+    classes = [case.shape_class for case in cases("attention_restore", quick=True)]
+    assert len(classes) == len(set(classes)) > 1
+    assert set(classes) == {case.shape_class for case in cases("attention_restore")}
+
+
+def test_linear_restore_is_measured_under_the_classes_that_it_asks_for():
+    for case in cases("linear_restore", toy=True):
+        with torch.device("cpu"):
+            x, weight = torch.empty(4, 6, 10), torch.empty(12, 10)
+        assert case.shape_class == linear_class(x, weight) == "n12_k10_few"
+
+
+def test_every_case_compiles_afresh_and_what_ended_a_process_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(measure, "ceilings", lambda: Ceilings(flops=8e14, bytes=3e12))
+    monkeypatch.setattr(measure, "median_seconds", lambda calls, trying: dict.fromkeys(calls, 2e-6))
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    measure.measure("attention_restore", device="cpu", toy=True, first=7, without={(8, "torch")})
+    count = len(cases("attention_restore", toy=True))
+    assert len(resets) == count - 7
+    printed = capsys.readouterr().out
+    assert "trying 7 torch" in printed
+    assert "trying 8 torch" not in printed
+    with (tmp_path / "gpu_kernels.csv").open(newline="") as file:
+        assert [row["contender"] for row in csv.DictReader(file) if "ended the process" in row["status"]] == ["torch"]
+    measure.measure("attention_restore", device="cpu", toy=True, until=0.0)
+    assert f"{count} of {count} cases not measured" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the stages would run")
 def test_without_a_gpu_it_says_what_it_would_run_and_why_it_stops():
     done = subprocess.run([sys.executable, "-m", "bench.gpu"], capture_output=True, text=True, check=True)
-    assert "tests: python -m pytest -m gpu" in done.stdout
-    assert all(f"{op}: python -m bench.gpu.measure {op}" in done.stdout for op in ops())
+    assert all(f"\n{op}\n" in "\n" + done.stdout for op in ops())
     assert "sees no NVIDIA GPU" in done.stdout

@@ -48,6 +48,17 @@ def test_without_silu(device, guarded, assert_close):
     assert_close(launch(given, guarded, silu=False), truth(given, silu=False), 2e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 70, 48, 8), (3, 1100, 16, 2)], ids=str)
+def test_a_shift_of_each_row_is_added_first(shape, device, guarded, assert_close):
+    given = inputs(*shape)
+    shift = 5.0 + torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(9))
+    expected = truth([given[0] + shift[:, None], *given[1:]])
+    assert_close(truth(given, shift=shift.double()), expected, 1e-6)
+    wide = guarded(torch.cat([shift, torch.full_like(shift, torch.nan)], 1))
+    for lying in (guarded(shift), wide[:, : shape[2]]):
+        assert_close(launch(given, guarded, shift=lying), expected, 2e-6)
+
+
 def test_a_large_mean_does_not_drown_the_variance(device, guarded, assert_close):
     given = inputs(mean=1000.0)
     assert_close(launch(given, guarded, silu=False), truth(given, silu=False), 1e-4)
@@ -102,10 +113,12 @@ def test_the_reference_is_that_of_torch(silu, assert_close):
     assert_close(reference(x, weight, bias, groups, 1e-6, silu), expected, 1e-12)
 
 
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("silu", [True, False])
-def test_the_torch_implementation_matches_too(silu, assert_close):
+def test_the_torch_implementation_matches_too(silu, shifted, assert_close):
     given = inputs()
-    assert_close(norm_torch(*given, silu=silu), truth(given, silu=silu), 1e-6)
+    shift = torch.randn(2, 48, generator=torch.Generator().manual_seed(9)) if shifted else None
+    assert_close(norm_torch(*given, silu=silu, shift=shift), truth(given, silu=silu, shift=shift), 1e-6)
 
 
 @pytest.mark.parametrize(("index", "value"), [(0, torch.zeros(2, 3)), (1, torch.zeros(3)), (2, torch.zeros(3)), (3, 7)])
@@ -116,5 +129,10 @@ def test_wrong_shapes_are_named(index, value):
         group_norm_silu(*given)
 
 
+def test_a_shift_of_a_wrong_shape_is_named():
+    with pytest.raises(KernelError, match=r"shift \[48\]; expected \[2, 48\]"):
+        group_norm_silu(*inputs(), shift=torch.zeros(48))
+
+
 def test_registration_is_sound():
-    torch.library.opcheck(torch.ops.fasttrace.group_norm_silu.default, tuple(inputs()))
+    torch.library.opcheck(torch.ops.fasttrace.group_norm_silu.default, (*inputs(), 1e-5, True, torch.ones(2, 48)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasttrace.errors import KernelError
-from fasttrace.ops.linear_restore import linear_restore, linear_torch, reference
+from fasttrace.ops.linear_restore import linear_epilogue, linear_restore, linear_torch, reference
 from fasttrace.ops.restore import KEEP, ZERO, add_code, slot_code
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'fasttrace[triton]'")
@@ -23,7 +23,9 @@ def codes(rows: int, positions: int, seed: int = 0) -> torch.Tensor:
     return torch.tensor(every, dtype=torch.int32)[chosen]
 
 
-def inputs(rows=3, positions=7, width=20, channels=21, dtype=torch.float32, *, noise=False, rank=0, seed=0) -> dict:
+def inputs(
+    rows=3, positions=7, width=20, channels=21, dtype=torch.float32, *, noise=False, rank=0, gate=False, seed=0
+) -> dict:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -38,12 +40,15 @@ def inputs(rows=3, positions=7, width=20, channels=21, dtype=torch.float32, *, n
         "bank": normal(SLOTS, positions, channels),
         "noise": None,
         "low_rank": None,
+        "gate": None,
     }
     if noise:
         seeds = torch.randint(-(2**62), 2**62, (rows,), generator=g)
         given["noise"] = [torch.rand(rows, generator=g) + 0.5, seeds, torch.rand(rows, positions, generator=g) < 0.4]
     if rank:
         given["low_rank"] = [normal(rows, positions, rank), normal(rows, channels, rank)]
+    if gate:
+        given["gate"] = normal(rows, channels)
     return given
 
 
@@ -64,12 +69,40 @@ def launch(given: dict, guarded) -> torch.Tensor:
     return triton_linear_restore(**given, out=out, tile=TILE)
 
 
-@pytest.mark.parametrize("options", [{}, {"noise": True}, {"rank": 1}, {"noise": True, "rank": 17}], ids=str)
+OPTIONS = [{}, {"noise": True}, {"rank": 1}, {"gate": True}, {"noise": True, "rank": 17, "gate": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 7, 20, 21), (2, 8, 32, 32)], ids=str)
 def test_matches_the_reference(shape, dtype, options, device, guarded, assert_close):
     given = inputs(*shape, dtype, **options)
     assert_close(launch(mapped(given, guarded), guarded), truth(given), RATIO[dtype])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_product_with_one_pass_after_it_matches_too(dtype, options, device, guarded, assert_close):
+    given = inputs(dtype=dtype, **options)
+    assert_close(linear_epilogue(**mapped(given, guarded)), truth(given), 2 * RATIO[dtype])
+
+
+@pytest.mark.parametrize("absent", ["bias", "residual", "bank"])
+def test_what_is_optional_may_be_absent_there_too(absent, device, guarded, assert_close):
+    given = inputs(gate=True)
+    given[absent] = None
+    if absent == "bank":
+        given["source"] = given["source"].clamp(ZERO, 2)
+    assert_close(linear_epilogue(**mapped(given, guarded)), truth(given), 1e-6)
+
+
+def test_the_gate_is_the_rows_own_and_after_restoring(device, guarded, assert_close):
+    given = inputs(rows=2, gate=True)
+    given |= {"bank": None, "residual": None, "source": torch.tensor([[KEEP], [0]], dtype=torch.int32).expand(2, 7)}
+    value = given["x"][0] @ given["weight"].T + given["bias"]
+    for run in (lambda there: launch(there, guarded), lambda there: linear_epilogue(**there)):
+        there = mapped({**given, "source": given["source"].contiguous()}, guarded)
+        assert_close(run(there)[1], value * given["gate"][1], 1e-6)
 
 
 @pytest.mark.parametrize("code", [KEEP, ZERO, 1, slot_code(2, 3), add_code(1)])
@@ -139,11 +172,12 @@ def test_an_empty_plan_launches_nothing(shape, device, guarded):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 4096, 320, 320), (16, 256, 1280, 1280), (5, 77, 3072, 768)], ids=str)
 def test_every_config_at_true_shapes(shape, dtype, assert_close):
-    given = mapped(inputs(*shape, dtype, noise=shape[0] == 2, rank=4), torch.Tensor.cuda)
-    assert_close(linear_restore(*given.values(), implementation="triton"), reference(**given), 1e-2)
+    given = mapped(inputs(*shape, dtype, noise=shape[0] == 2, rank=4, gate=shape[0] == 5), torch.Tensor.cuda)
+    for implementation in ("triton", "epilogue"):
+        assert_close(linear_restore(*given.values(), implementation=implementation), reference(**given), 1e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"noise": True, "rank": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gate": True}, {"noise": True, "rank": 4, "gate": True}], ids=str)
 def test_the_torch_implementation_matches_too(options, assert_close):
     given = inputs(**options)
     assert_close(linear_torch(**given), truth(given), 1e-6)
@@ -157,14 +191,14 @@ def test_channels_must_be_adjacent(device, guarded):
         linear_restore(*there.values(), implementation="triton")
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "residual", "source", "bank"])
+@pytest.mark.parametrize("name", ["weight", "bias", "residual", "source", "bank", "gate"])
 def test_wrong_shapes_are_named(name):
-    given = inputs()
+    given = inputs(gate=True)
     given[name] = given[name].new_zeros(2, 2, 2)
     with pytest.raises(KernelError, match=f"{name} .*expected"):
         linear_restore(*given.values())
 
 
 def test_registration_is_sound():
-    given = inputs(noise=True, rank=2)
+    given = inputs(noise=True, rank=2, gate=True)
     torch.library.opcheck(torch.ops.fasttrace.linear_restore.default, tuple(given.values()))

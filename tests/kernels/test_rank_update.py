@@ -80,6 +80,27 @@ def test_an_empty_list_launches_nothing(launch):
     assert rank_update([], [], []) == []
 
 
+@pytest.mark.parametrize("which", [1, 2], ids=["left", "right"])
+def test_factors_elsewhere_are_refused(which, launch):
+    given = [list(tensors) for tensors in problem(shapes=[(4, 6, 2), (3, 5, 1)])]
+    given[which][1] = given[which][1].to("meta")
+    with pytest.raises(KernelError, match="matrix 1 has its weight on cpu"):
+        rank_update(*given)
+    with pytest.raises(ValueError, match="cpu, meta: one launch"):
+        launch(*given, given[0])
+
+
+def test_a_cold_table_is_refused_inside_a_capture(monkeypatch):
+    from fasttrace.kernels.rank_update.launch import _table
+
+    columns = ((1, 2, 3),)
+    warm = _table(columns, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _table(columns, torch.device("cpu")) is warm
+    with pytest.raises(ValueError, match="call once before the graph is captured"):
+        _table(columns, torch.device("cuda", 0))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["triton", "cuda"])
 @pytest.mark.parametrize("rank", [1, 4, 64])

@@ -17,8 +17,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'fast
 
 TILE = {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
 RATIO = {torch.float32: 1e-6, torch.float16: 6e-4}
-PROJECTIONS = {"geglu": 2, "quick_gelu": 1}  # of one input, side by side in one weight
-TRUE_SHAPE = {"geglu": (256, 320, 1280), "quick_gelu": (77, 768, 3072)}  # positions, width, channels
+PROJECTIONS = {"geglu": 2, "gelu_up": 1, "quick_gelu": 1}  # of one input, side by side in one weight
+TRUE_SHAPE = {
+    "geglu": (256, 320, 1280),
+    "gelu_up": (77, 1024, 4096),
+    "quick_gelu": (77, 768, 3072),
+}  # positions, width, channels
 
 
 @pytest.fixture(params=sorted(PROJECTIONS))
@@ -118,6 +122,27 @@ def test_the_reference_of_quick_gelu_is_the_formula(assert_close):
     x, weight, bias, _ = (t.double() for t in inputs(op))
     u = torch.einsum("bpk,fk->bpf", x, weight) + bias
     assert_close(op.reference(x, weight, bias), u / (1 + torch.exp(-1.702 * u)), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_gelu_up_by_tanh(dtype, device, guarded, assert_close):
+    op = importlib.import_module("fasttrace.ops.gelu_up")
+    given = inputs(op, dtype=dtype)
+    given[0] *= 4  # where the tanh saturates too
+    expected = op.reference(*(t.double() if t.dtype.is_floating_point else t for t in given), tanh=True)
+    out = guarded((3, 7, 21), dtype)
+    there = [guarded(t) for t in given]
+    assert_close(kernel_of("gelu_up")(*there, tanh=True, out=out, tile=TILE), expected, RATIO[dtype])
+
+
+@pytest.mark.parametrize("tanh", [True, False])
+def test_the_reference_of_gelu_up_is_the_formula(tanh, assert_close):
+    op = importlib.import_module("fasttrace.ops.gelu_up")
+    x, weight, bias, _ = (t.double() for t in inputs(op))
+    u = torch.einsum("bpk,fk->bpf", x, weight) + bias
+    inner = torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)) if tanh else torch.erf(u / 2**0.5)
+    assert_close(op.reference(x, weight, bias, tanh=tanh), u / 2 * (1 + inner), 1e-14)
+    assert_close(op.gelu_up_torch(x, weight, bias, tanh=tanh), u / 2 * (1 + inner), 1e-14)
 
 
 def test_the_torch_implementation_matches_too(op, assert_close):

@@ -61,7 +61,7 @@ def _case(
         found = {
             "reference": lambda: reference(q, k, v, source, causal=causal),
             "torch": call("torch"),
-            "triton": call("triton"),
+            **{name: call(name) for name in ("triton", "triton_padded", "cudnn", "flash")},
         }
         if restored is None:
             found |= sdpa_rivals(q, k, v, causal=causal)

@@ -64,6 +64,7 @@ def _case(name: str, rows: int, positions: int, width: int, channels: int, resto
             "reference": lambda: reference(*arguments),
             "torch": lambda: linear_restore(*arguments, implementation="torch"),
             "triton": lambda: linear_restore(*arguments, implementation="triton"),
+            "epilogue": lambda: linear_restore(*arguments, implementation="epilogue"),
             "compile": compiled(linear_torch, *arguments),
         }
         if restored == RESTORED[0]:
@@ -75,7 +76,7 @@ def _case(name: str, rows: int, positions: int, width: int, channels: int, resto
         op="linear_restore",
         shape=f"{name} K={width} B={rows}, {restored} restored",
         shape_class=shape_class(
-            torch.empty(rows, positions, width, device="meta"), torch.empty(channels, 0, device="meta")
+            torch.empty(rows, positions, width, device="meta"), torch.empty(channels, width, device="meta")
         ),
         flops=flops,
         bytes=traffic,

@@ -1,4 +1,4 @@
-"""The way up of CLIP's MLP: a projection and its activation, with nothing between written out."""
+"""The way up of an MLP without a gate: a projection and its gelu, with nothing between written out."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,18 @@ from ..restoring import is_read
 
 
 @triton.jit
-def quick_gelu_kernel(
+def _activated(b_u, FORM: tl.constexpr):
+    """Gelu in fp32: by the error function, by its tanh approximation, or the sigmoid one of CLIP."""
+    if FORM == "erf":
+        return 0.5 * b_u * (1.0 + tl.erf(b_u * 0.7071067811865476))
+    elif FORM == "tanh":  # 0.5 (1 + tanh z) is sigmoid(2 z)
+        return b_u * tl.sigmoid(1.5957691216057308 * (b_u + 0.044715 * b_u * b_u * b_u))
+    else:
+        return b_u * tl.sigmoid(1.702 * b_u)
+
+
+@triton.jit
+def gelu_up_kernel(
     x,  # [B, P, K] at strides (s_x_b, s_x_p, 1)
     weight,  # [F, K], contiguous
     bias,  # [F], or None
@@ -26,6 +37,7 @@ def quick_gelu_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    FORM: tl.constexpr,  # "erf", "tanh" or "quick"
 ):
     """One program: ``BM`` of the ``B * P`` positions by ``BN`` channels. Grid ``(cdiv(B * P, BM) * cdiv(F, BN),)``."""
     tiles_n: tl.constexpr = (F + BN - 1) // BN
@@ -44,6 +56,6 @@ def quick_gelu_kernel(
     if bias is not None:
         b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
-    b_y = tl.where(m_read[:, None], b_acc * tl.sigmoid(1.702 * b_acc), 0.0)
+    b_y = tl.where(m_read[:, None], _activated(b_acc, FORM), 0.0)
     p_out = out + (o_m.to(tl.int64) * F)[:, None] + o_n[None, :]
     tl.store(p_out, b_y.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
