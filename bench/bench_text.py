@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import fasttrace as ft
-from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.hooks import hooks
 from fasttrace.engine.text import packed as packed_text
 from fasttrace.engine.text.linear import linear_calls
 from fasttrace.engine.text.trace import text_request

@@ -19,7 +19,7 @@ import torch
 import fasttrace as ft
 from fasttrace.engine.denoise.cost import cost_of
 from fasttrace.engine.denoise.trace import plan_summary, run_request, unet_request
-from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.hooks import hooks
 from fasttrace.models.unet import describe_unet
 from fasttrace.models.unit import Dims
 

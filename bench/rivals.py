@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrace.engine.oracle.oracle import hooks
+from fasttrace.engine.hooks import hooks
 from fasttrace.engine.values import first
 from fasttrace.sites import Site
 

@@ -124,6 +124,16 @@ def default_time_ids(pipe: Any) -> Tensor:
     return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
 
 
+def timestep_condition(pipe: Any, guidance_scale: float) -> Tensor | None:
+    """The guidance scale as an embedding ``[1, E]`` for UNets that take it as an input (LCM), else ``None``."""
+    unet = pipe.unet
+    width = unet.config.time_cond_proj_dim
+    if width is None:
+        return None
+    embedding: Tensor = pipe.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1]), embedding_dim=width)
+    return embedding.to(unet.device, unet.dtype)
+
+
 @torch.no_grad()
 def encode_prompt(pipe: Any, text: str) -> Condition:
     """The condition that the pipeline itself would use for a prompt."""

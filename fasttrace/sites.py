@@ -11,22 +11,14 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError, SiteError
+from .models.text.families import canonical_path, text_layers
+from .models.text.families import is_causal as is_causal
+from .models.text.units import layer_units
 from .models.unet import describe_unet
 
 KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden", "head")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PARTS = (*TEXT_PARTS, "unet")
-
-# A text layer's class, the paths of its attention and MLP within it, and the attention's output projection. Sites are
-# found by class, never by raw path: the path of CLIP's layers changed between versions of transformers.
-_TEXT_LAYERS = {
-    "CLIPEncoderLayer": ("self_attn", "mlp", "out_proj"),
-    "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense", "o"),
-    "GPT2Block": ("attn", "mlp", "c_proj"),
-    "LlamaDecoderLayer": ("self_attn", "mlp", "o_proj"),
-    "Qwen2DecoderLayer": ("self_attn", "mlp", "o_proj"),
-    "Qwen3DecoderLayer": ("self_attn", "mlp", "o_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,9 @@ def _parts(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def part_sites(module: nn.Module, part: str) -> list[Site]:
     """The sites of one text encoder or UNet, in execution order."""
-    return list(_unet_sites(module) if part == "unet" else _text_sites(module, part))
+    if part == "unet":
+        return list(_unet_sites(module))
+    return [site for site in _text_sites(module, part) if site.kind != "head"]
 
 
 def head_sites(encoder: nn.Module, part: str) -> list[Site]:
@@ -88,17 +82,7 @@ def head_sites(encoder: nn.Module, part: str) -> list[Site]:
 
     Named after the attention (``text_encoder.encoder.layers.0.self_attn.heads.3``); values ``[T, d]``.
     """
-    sites = []
-    for layer, name, block in _text_layers(encoder, part):
-        attention, _, projection = _TEXT_LAYERS[type(block).__name__]
-        module: Any = block.get_submodule(attention)
-        width = module.head_dim if hasattr(module, "head_dim") else module.key_value_proj_dim
-        config: Any = encoder.config
-        for head in range(config.num_attention_heads):
-            channels = slice(head * width, (head + 1) * width)
-            out = module.get_submodule(projection)
-            sites.append(Site(f"{name}.{attention}.heads.{head}", part, "head", layer, out, channels))
-    return sites
+    return [site for site in _text_sites(encoder, part) if site.kind == "head"]
 
 
 def find_site(pipe: Any, name: str) -> Site:
@@ -157,28 +141,12 @@ def unknown_site(name: str, names: Sequence[str]) -> str:
     return f"no site matches {name!r} among {len(names)} sites{hint}"
 
 
-def is_causal(encoder: Any) -> bool:
-    """Whether a token of a text encoder reads only itself and the tokens before it, as in all but T5."""
-    return not type(encoder).__name__.startswith("T5")
-
-
-def canonical_path(path: str) -> str:
-    """A module's dotted path as sites spell it, without the ``text_model.`` that some versions insert."""
-    return path.removeprefix("text_model.")
-
-
-def _text_layers(encoder: nn.Module, part: str) -> Iterator[tuple[int, str, nn.Module]]:
-    """Number, name and module of each layer."""
-    layers = [(path, module) for path, module in encoder.named_modules() if type(module).__name__ in _TEXT_LAYERS]
-    for number, (path, module) in enumerate(layers):
-        yield number, path if part == "model" else f"{part}.{canonical_path(path)}", module
-
-
 def _text_sites(encoder: nn.Module, part: str) -> Iterator[Site]:
-    for layer, name, module in _text_layers(encoder, part):
-        for kind, child in zip(("self_attn", "mlp"), _TEXT_LAYERS[type(module).__name__], strict=False):
-            yield Site(f"{name}.{child}", part, kind, layer, module.get_submodule(child))
-        yield Site(name, part, "hidden", layer, module)
+    """Every site of the layers in a text encoder, heads included, in the order in which the forward runs."""
+    for layer in text_layers(encoder):
+        path = layer.path if part == "model" else f"{part}.{canonical_path(layer.path)}"
+        for point in (point for unit in layer_units(layer, path) for point in unit.sites):
+            yield Site(point.path, part, point.kind, layer.number, point.module, point.channels)
 
 
 def _unet_sites(unet: nn.Module) -> Iterator[Site]:

@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine.text.decoder import word_embedding
 from ..engine.text.linear import linear_calls
 from ..engine.text.trace import trace_text
 from ..errors import BackendError
+from ..models.text.families import word_embedding
 from ..patch import PatchSet
 from ..sites import Site, head_sites, part_sites
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.values import value_hooks
+from ..engine.hooks import uncompiled, value_hooks
 from ..errors import BackendError
 from ..patch import Patch
 from .base import Backend, Sweep, tokens_read
@@ -266,7 +266,7 @@ def _recorded(backend: PyveneBackend, source: Any, place: Place, row: int, cache
         def keep(name: str) -> Any:
             return lambda value: values.__setitem__(name, value.clone())
 
-        with value_hooks([(site, keep(site.name)) for site in backend.sites]):
+        with uncompiled(backend.model), value_hooks([(site, keep(site.name)) for site in backend.sites]):
             backend.model(**source)
         cache[id(source)] = source, values
     own = [cache[id(source)][1][site.name][row] for site in place.sites]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.text.decoder import word_embedding
 from ..engine.text.linear import on_packed
 from ..engine.text.trace import encoder_path
 from ..errors import BackendError
+from ..models.text.families import word_embedding
 from ..patch import Patch
 from ..sites import part_sites
 from .base import Backend, Sweep

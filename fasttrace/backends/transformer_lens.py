@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.text.decoder import decoder_of
+from ..engine.text.linear import on_packed
 from ..errors import BackendError
+from ..models.text.families import text_model
 from ..patch import Patch, PatchSet
 from ..sites import Site
 from .base import Backend, Sweep, tokens_read
@@ -170,7 +171,8 @@ class TransformerLensBackend(Backend[Cells]):
                 yield logits if read is None else _at_tokens(logits, read, length)
 
     def _embedding_noise(self, tokens: Tensor, value: Tensor, positions: Sequence[int]) -> Tensor:
-        embedded = decoder_of(self.model, len(tokens), None).embed(tokens, None)
+        model = text_model(self.model)
+        embedded = model.embed(on_packed, tokens, model.constants(len(tokens)))
         noise = embedded.new_zeros(len(positions), *embedded.shape)
         for sample, position in enumerate(positions):
             noise[sample, position] = value[position].to(embedded) - embedded[position]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.hooks import uncompiled
 from ..engine.values import first
 from ..errors import EditError
+from ..models.text.families import is_causal
 from ..prompts import Prompt, TokenizedPrompt
-from ..sites import is_causal
 from .concepts import Pair, Positions, aligned_positions
 from .matrices import select_matrices, tokenizer_of
 
@@ -111,7 +112,7 @@ def capture(
     handles = [module.register_forward_pre_hook(before(name)) for name, module in inputs.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in outputs.items()]
     try:
-        with torch.no_grad(), contextlib.suppress(_Reached):
+        with torch.no_grad(), uncompiled(encoder), contextlib.suppress(_Reached):
             encoder(input_ids=ids)
     finally:
         for handle in handles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EditError, SiteError
+from ..models.text.description import Layer
+from ..models.text.families import text_layers
 from ..sites import TEXT_PARTS, Site, discover_sites
 
-# Projections of a site that an edit can reach; those that it takes unless told otherwise come first. CLIP, then T5.
-_TEXT_PROJECTIONS = {
-    "self_attn": (("out_proj", "o"), ("q_proj", "k_proj", "v_proj", "q", "k", "v")),
-    "mlp": (("fc2", "wo"), ("fc1", "wi", "wi_0", "wi_1")),
-}
-_CROSS_PROJECTIONS = (("to_k", "to_v"), ())
+# Of cross-attention.
+_CROSS_PROJECTIONS = ("to_k", "to_v")
 _DIGEST_ROWS = 64
 
 
@@ -34,12 +32,16 @@ class Matrix:
         site: the site that it belongs to.
         module: the projection; its weight is ``[N, K]``.
         default: whether naming the site alone means this projection.
+        into_hidden: whether what it returns is added to the hidden state of a text encoder.
+        before_attention: whether it makes queries, keys or values.
     """
 
     name: str
     site: Site
     module: nn.Module = field(repr=False, compare=False)
     default: bool = True
+    into_hidden: bool = False
+    before_attention: bool = True
 
     @property
     def part(self) -> str:
@@ -61,7 +63,12 @@ class Matrix:
 
 def list_matrices(pipe: Any) -> list[Matrix]:
     """Every matrix of the pipeline that an edit can reach, in execution order."""
-    return [matrix for site in discover_sites(pipe) for matrix in _of_site(site)]
+    parts = {part: getattr(pipe, part, None) for part in TEXT_PARTS}
+    layers = {part: list(text_layers(encoder)) for part, encoder in parts.items() if isinstance(encoder, nn.Module)}
+    found: list[Matrix] = []
+    for site in discover_sites(pipe):
+        found += _of_text(site, layers[site.part][site.layer]) if site.part in TEXT_PARTS else _of_unet(site)
+    return [matrix for matrix in found if _is_editable(matrix.module)]
 
 
 def select_matrices(pipe: Any, sites: str | Site | Iterable[str | Site]) -> list[Matrix]:
@@ -102,22 +109,26 @@ def _nothing_matches(pipe: Any, name: str, matrices: Sequence[Matrix]) -> Except
     return SiteError(f"no site matches {name!r}" + (f"; nearest: {', '.join(nearest)}" if nearest else ""))
 
 
-def _of_site(site: Site) -> list[Matrix]:
-    if site.part in TEXT_PARTS:
-        first, others = _TEXT_PROJECTIONS.get(site.kind, ((), ()))
-    else:
-        first, others = _CROSS_PROJECTIONS if site.kind == "cross_attn" else ((), ())
-    found = [(name, name in first, getattr(site.module, name, None)) for name in (*first, *others)]
-    return [
-        Matrix(f"{site.name}.{name}", site, module, default)
-        for name, default, module in found
-        if module is not None and _is_editable(module)
-    ]
+def _of_text(site: Site, layer: Layer) -> Iterator[Matrix]:
+    """The projections of a layer that are within one of its sites; the one that writes to the hidden state first."""
+    for weight in layer.weights:
+        if weight.kind == site.kind:
+            name, writes = f"{site.name}.{weight.name}", weight.into_hidden
+            yield Matrix(name, site, weight.module, writes, writes, weight.before_attention)
+
+
+def _of_unet(site: Site) -> Iterator[Matrix]:
+    for name in _CROSS_PROJECTIONS if site.kind == "cross_attn" else ():
+        module = getattr(site.module, name, None)
+        if module is not None:
+            yield Matrix(f"{site.name}.{name}", site, module)
 
 
 def _is_editable(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    # transformers' Conv1D keeps [K, N], and has no in_features.
+    width = getattr(module, "in_features", None)
+    return isinstance(weight, Tensor) and weight.shape[1:] == (width,) and weight.is_floating_point()
 
 
 def tokenizer_of(pipe: Any, part: str) -> Any:

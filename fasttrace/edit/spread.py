@@ -23,8 +23,6 @@ from .matrices import Matrix
 from .ridge import Prior, fold, ridge_right
 from .update import Applied, Update
 
-_INTO_HIDDEN = ("fc2", "wo", "out_proj", "o")
-
 
 def fit_spread(
     pipe: Any,
@@ -39,7 +37,7 @@ def fit_spread(
     Raises:
         EditError: a matrix whose output is not added to the hidden state.
     """
-    inner = [matrix.name for matrix in matrices if not matrix.name.endswith(_INTO_HIDDEN)]
+    inner = [matrix.name for matrix in matrices if not matrix.into_hidden]
     if inner:
         raise EditError(f"{inner[0]} does not write to the hidden state: spread over mlp or self_attn sites")
     updates: list[Update] = []

@@ -26,8 +26,6 @@ from .quickfix import moved_values
 from .ridge import ridge_path
 from .update import Update, matrices_of
 
-_FANS_OUT = ("out_proj", "fc1", "fc2")  # of CLIP: what follows them broadcasts a batch of one over the rows
-
 
 def fit_candidates(
     pipe: Any,
@@ -155,13 +153,20 @@ def edited_states(pipe: Any, edits: Sequence[Edit | None], prompt: str, max_batc
         if not names:
             parts.append(text_states(pipe, [prompt]).expand(len(members), -1, -1))
             continue
-        fans_out = single and len(names) == 1 and names[0].endswith(_FANS_OUT)
+        fans_out = single and len(names) == 1 and _fans_out(pipe, edits[members[0]], names[0])
         for start in range(0, len(members), max_batch):
             chunk = members[start : start + max_batch]
             with row_edits(pipe, [edits[i] for i in chunk]):
                 parts.append(text_states(pipe, [prompt] * (1 if fans_out else len(chunk))))
     states = torch.cat(parts)
     return states[torch.argsort(torch.tensor(indices)).to(states.device)]
+
+
+def _fans_out(pipe: Any, edit: Edit | None, name: str) -> bool:
+    """Whether what follows an edited matrix broadcasts a batch of one over the rows, as all but attention does."""
+    assert edit is not None
+    (matrix,) = matrices_of(pipe, [update for update in edit.updates if update.name == name])
+    return not matrix.before_attention
 
 
 def _checked_batch(max_batch: int) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..corruption import philox_normal
 from ..errors import PatchError
 from ..patch import ZERO, Add, Noise, Patch
-from ..sites import Site
 
 
 def first(output: Any) -> Tensor:
@@ -30,41 +27,6 @@ def with_first(output: Any, value: Tensor) -> Any:
         return value
     output.sample = value
     return output
-
-
-@contextlib.contextmanager
-def value_hooks(pairs: Iterable[tuple[Site, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-    """Hooks through which values of sites pass, ``[B, ...]``; what one returns, if anything, takes the value's place.
-
-    They are gone afterwards, whatever happens.
-    """
-    handles = [_value_hook(site, see) for site, see in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _value_hook(site: Site, see: Callable[[Tensor], Tensor | None]) -> Any:
-    channels = site.channels
-    if channels is None:
-
-        def after(module: nn.Module, args: Any, output: Any) -> Any:
-            value = see(first(output))
-            return None if value is None else with_first(output, value)
-
-        return site.module.register_forward_hook(after)
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        value = see(args[0][..., channels])
-        if value is None:
-            return None
-        heads = args[0].clone()
-        heads[..., channels] = value
-        return heads, *args[1:]
-
-    return site.module.register_forward_pre_hook(before)
 
 
 def to_positions(value: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .liveness import Liveness, liveness
-from .unit import Dims, SitePoint, Unit
+from .liveness import Liveness, Value, liveness
+from .unit import Dims, Forward, SitePoint, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +21,14 @@ class Description:
         runs: whether the units do all that the model does. Where they do not (a block of another class, a hook on a
             module that they bypass), the list still says where sites are, and the model runs by hooks.
         crossing: attention modules whose keys and values come of the text alone, by path: computed once for all steps.
+        begin: called once a forward, before its units: makes further constants.
         flow: which values each unit reads, and which live on.
         sites: all sites by name, in execution order.
         order: by name of a site: its place among all sites, in execution order.
+        inside: for each unit the names of the sites within it.
         ends: for each unit the sites at its end: name, and name of the value.
         place: by name of a site: the place of its unit.
+        brought: by name of a site: what a row that joins there brings.
     """
 
     part: str
@@ -33,24 +37,31 @@ class Description:
     outputs: tuple[str, ...]
     runs: bool
     crossing: dict[str, Any] = field(default_factory=dict)
+    begin: Callable[[Forward], None] = lambda forward: None
 
     flow: Liveness = field(init=False, repr=False)
     sites: dict[str, SitePoint] = field(init=False, repr=False)
     order: dict[str, int] = field(init=False, repr=False)
+    inside: list[tuple[str, ...]] = field(init=False, repr=False)
     ends: list[tuple[tuple[str, str], ...]] = field(init=False, repr=False)
     place: dict[str, int] = field(init=False, repr=False)
+    brought: dict[str, frozenset[Value]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Plain attributes, and not computed when first read: compiled graphs are traced through them.
+        flow = liveness(self.units, self.inputs, self.outputs)
+        inside = [tuple(self.name(site) for site in unit.inside) for unit in self.units]
         ends = [tuple((self.name(site), site.value) for site in unit.sites) for unit in self.units]
-        sites = {self.name(site): site for unit in self.units for site in unit.sites}
-        derived = {
-            "flow": liveness(self.units, self.inputs, self.outputs),
-            "sites": sites,
-            "order": {name: place for place, name in enumerate(sites)},
-            "ends": ends,
-            "place": {name: place for place, of_unit in enumerate(ends) for name, _ in of_unit},
-        }
+        sites = {self.name(site): site for unit in self.units for site in (*unit.inside, *unit.sites)}
+        place: dict[str, int] = {}
+        brought: dict[str, frozenset[Value]] = {}
+        for number, (within, after) in enumerate(zip(inside, ends, strict=True)):
+            place |= dict.fromkeys((*within, *(name for name, _ in after)), number)
+            brought |= dict.fromkeys(within, flow.live[number])
+            brought |= {name: flow.live_on[number] for name, _ in after}
+        order = {name: number for number, name in enumerate(sites)}
+        derived = {"flow": flow, "sites": sites, "order": order, "inside": inside, "ends": ends, "place": place,
+                   "brought": brought}  # fmt: skip
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 

@@ -25,13 +25,15 @@ class Liveness:
     Attributes:
         reads: for each unit the values that it reads.
         last: for each unit the values that nobody reads after it.
-        live: for each unit the values that some later unit reads, those that it wrote among them.
+        live: for each unit the values that it or some later unit reads.
+        live_on: for each unit the values that some later unit reads, those that it wrote among them.
         outputs: the values that the forward ends with.
     """
 
     reads: list[tuple[Value, ...]]
     last: list[tuple[Value, ...]]
     live: list[frozenset[Value]]
+    live_on: list[frozenset[Value]]
     outputs: tuple[Value, ...]
 
 
@@ -51,10 +53,12 @@ def liveness(units: Sequence[Unit], inputs: Sequence[str], outputs: Sequence[str
     ends = tuple((name, current[name]) for name in outputs)
     wanted = set(ends)
     live: list[frozenset[Value]] = []
+    live_on: list[frozenset[Value]] = []
     last: list[tuple[Value, ...]] = []
     for place in range(len(units) - 1, -1, -1):
-        live.append(frozenset(wanted))
+        live_on.append(frozenset(wanted))
         written = {(name, place) for name in units[place].writes}
         last.append(tuple(sorted(({*reads[place]} | written) - wanted)))
         wanted = (wanted - written) | set(reads[place])
-    return Liveness(reads, last[::-1], live[::-1], ends)
+        live.append(frozenset(wanted))
+    return Liveness(reads, last[::-1], live[::-1], live_on[::-1], ends)

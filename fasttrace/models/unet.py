@@ -33,9 +33,9 @@ _BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock
 
 def describe_unet(unet: Any) -> Description:
     """The units of a UNet, on any device, ``meta`` included."""
-    builder = _Builder()
+    builder = UNetBuilder()
     units = list(builder.units(unet))
-    return Description("unet", units, ("sample",), ("sample",), _is_covered(unet), builder.crossing)
+    return Description("unet", units, ("sample",), ("sample",), is_covered(unet), builder.crossing)
 
 
 def time_states(
@@ -66,7 +66,7 @@ def text_keys(description: Description, embeds: Tensor) -> dict[str, tuple[Tenso
     }
 
 
-def _is_covered(unet: Any) -> bool:
+def is_covered(unet: Any) -> bool:
     """Whether the units do all that ``UNet2DConditionModel.forward`` does."""
     if type(unet).__name__ != "UNet2DConditionModel":
         return False
@@ -97,7 +97,7 @@ def _is_covered(unet: Any) -> bool:
     return not any(has_hooks(module) for module in bypassed)
 
 
-class _Builder:
+class UNetBuilder:
     """Walks a UNet in execution order, and counts halvings and skip connections on the way."""
 
     def __init__(self) -> None:
@@ -110,8 +110,8 @@ class _Builder:
     def units(self, unet: Any) -> Iterator[Unit]:
         self._multiple = 2 ** getattr(unet, "num_upsamplers", 0)
         first, last = getattr(unet, "conv_in", nn.Identity()), getattr(unet, "conv_out", nn.Identity())
-        yield Unit(("sample",), ("x",), lambda _, x: first(x), modules=(first,), flops=self._at_pixels(first))
-        yield self._push(first)
+        yield Unit(("sample",), ("x",), lambda _, x: first(x), modules=(first,), flops=self.at_pixels(first))
+        yield self.push(first)
         for index, block in enumerate(getattr(unet, "down_blocks", ())):
             yield from self._down(f"down_blocks.{index}", block)
         mid = getattr(unet, "mid_block", None)
@@ -126,17 +126,17 @@ class _Builder:
             y: Tensor = last(x if norm is None else unet.conv_act(norm(x)))
             return y
 
-        yield Unit(("x",), ("sample",), end, modules=(last,), flops=self._at_pixels(last))
+        yield Unit(("x",), ("sample",), end, modules=(last,), flops=self.at_pixels(last))
 
     def _down(self, path: str, block: Any) -> Iterator[Unit]:
         for index, resnet in enumerate(getattr(block, "resnets", None) or ()):
-            yield self._resnet(f"{path}.resnets.{index}", resnet)
+            yield from self._resnet(f"{path}.resnets.{index}", resnet)
             yield from self._attention_at(path, block, index)
-            yield self._push(resnet)
+            yield self.push(resnet)
         for sampler in getattr(block, "downsamplers", None) or ():
             self.halvings += 1
             yield self._sampler(sampler, lambda _, x, sampler=sampler: sampler(x))
-            yield self._push(sampler)
+            yield self.push(sampler)
 
     def _up(self, path: str, block: Any, last: bool) -> Iterator[Unit]:
         yield from self._pairs(path, block, self._pop)
@@ -148,7 +148,7 @@ class _Builder:
         """Resnets and attention blocks in turn, a resnet first; the mid block ends with a resnet too."""
         for index, resnet in enumerate(getattr(block, "resnets", None) or ()):
             yield from before()
-            yield self._resnet(f"{path}.resnets.{index}", resnet)
+            yield from self._resnet(f"{path}.resnets.{index}", resnet)
             yield from self._attention_at(path, block, index)
 
     def _attention_at(self, path: str, block: Any, index: int) -> Iterator[Unit]:
@@ -156,7 +156,7 @@ class _Builder:
         if index < len(attentions) and hasattr(attentions[index], "transformer_blocks"):
             yield from self._attention(f"{path}.attentions.{index}", attentions[index])
 
-    def _push(self, module: Any) -> Unit:
+    def push(self, module: Any) -> Unit:
         """``x`` is kept for the way up."""
         name = f"skip.{self._pushed}"
         self._pushed += 1
@@ -170,7 +170,7 @@ class _Builder:
             yield Unit(("x", self.skips.pop()), ("x",), lambda _, x, skip: torch.cat([x, skip], dim=1))
 
     def _sampler(self, module: Any, run: Callable[..., Tensor]) -> Unit:
-        return Unit(("x",), ("x",), run, modules=(module,), flops=self._at_pixels(module))
+        return Unit(("x",), ("x",), run, modules=(module,), flops=self.at_pixels(module))
 
     def _upsample(self, module: Any, halvings: int, last: bool) -> Callable[[Forward, Tensor], Tensor]:
         multiple = self._multiple
@@ -183,17 +183,17 @@ class _Builder:
 
         return run
 
-    def _at_pixels(self, module: nn.Module) -> Callable[[Dims], float]:
-        weights, count = weights_in(module), _pixel_count(self.halvings)
+    def at_pixels(self, module: nn.Module) -> Callable[[Dims], float]:
+        weights, count = weights_in(module), pixel_count(self.halvings)
         return lambda dims: 2 * weights * count(dims)
 
-    def _resnet(self, path: str, module: Any) -> Unit:
-        width, count = _width(module), _pixel_count(self.halvings)
+    def _resnet(self, path: str, module: Any) -> Iterator[Unit]:
+        width, count = _width(module), pixel_count(self.halvings)
         convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
         weights = sum(layer.weight.numel() for layer in convolutions)
         entering = convolutions[0].weight.shape[1] if convolutions else 0
         point = SitePoint(path, "resnet", "x", feature_map(width, self.halvings), module)
-        return Unit(
+        yield Unit(
             ("x",),
             ("x",),
             lambda forward, x: module(x, forward.of_rows("time")),
@@ -205,44 +205,52 @@ class _Builder:
         )
 
     def _attention(self, path: str, block: Any) -> Iterator[Unit]:
-        linear = block.use_linear_projection
-        yield Unit(("x",), ("residual", "x"), _entering(block, linear), flops=self._at_pixels(block.proj_in))
+        yield self._entering(block)
         for index, inner in enumerate(block.transformer_blocks):
             yield from self._transformer(f"{path}.transformer_blocks.{index}", inner)
         shape = feature_map(block.proj_out.weight.shape[0], self.halvings)
-        point = SitePoint(path, "hidden", "x", shape, block, listed=False)
-        leaving = _leaving(block, linear)
-        yield Unit(("x", "residual"), ("x",), leaving, (point,), flops=self._at_pixels(block.proj_out))
+        yield self._leaving(block, SitePoint(path, "hidden", "x", shape, block, listed=False))
+
+    def _entering(self, block: Any) -> Unit:
+        run = _entering(block, block.use_linear_projection)
+        return Unit(("x",), ("residual", "x"), run, flops=self.at_pixels(block.proj_in))
+
+    def _leaving(self, block: Any, whole: SitePoint) -> Unit:
+        run = _leaving(block, block.use_linear_projection)
+        return Unit(("x", "residual"), ("x",), run, (whole,), flops=self.at_pixels(block.proj_out))
 
     def _transformer(self, path: str, block: Any) -> Iterator[Unit]:
         width = block.norm1.weight.shape[0]
         crosses = bool(block.only_cross_attention)
         kind = "cross_attn" if crosses else "self_attn"
         yield from self._attend(f"{path}.attn1", kind, block.norm1, block.attn1, crosses, width)
-        yield ADD
         if block.attn2 is not None:
             crosses = not block.double_self_attention
             yield from self._attend(f"{path}.attn2", "cross_attn", block.norm2, block.attn2, crosses, width)
-            yield ADD
-        count, inner = _pixel_count(self.halvings), block.ff.net[2].weight.shape[1]
-        norm, feed_forward = block.norm3, block.ff
+        whole = SitePoint(path, "hidden", "x", pixels(width, self.halvings), block, listed=False)
+        yield from self._feed_forward(f"{path}.ff", block.norm3, block.ff, width, whole)
+
+    def _feed_forward(
+        self, path: str, norm: nn.Module, feed_forward: Any, width: int, whole: SitePoint
+    ) -> Iterator[Unit]:
+        """An MLP, and the end of its transformer block."""
+        count, inner = pixel_count(self.halvings), feed_forward.net[2].weight.shape[1]
         yield Unit(
             ("x",),
             ("branch",),
             lambda _, x: feed_forward(norm(x)),
-            (SitePoint(f"{path}.ff", "mlp", "branch", pixels(width, self.halvings), feed_forward),),
+            (SitePoint(path, "mlp", "branch", pixels(width, self.halvings), feed_forward),),
             (norm, feed_forward),
-            self._at_pixels(feed_forward),
+            self.at_pixels(feed_forward),
             # Two residuals, the input and its normalised copy; value and gate, the gate's activation, their product.
             lambda dims: count(dims) * (4 * width + 4 * inner),
         )
-        whole = SitePoint(path, "hidden", "x", pixels(width, self.halvings), block, listed=False)
         yield Unit(ADD.reads, ADD.writes, ADD.run, (whole,))
 
     def _attend(
         self, path: str, kind: str, norm: nn.Module, attention: Any, crosses: bool, width: int
     ) -> Iterator[Unit]:
-        count = _pixel_count(self.halvings)
+        count = pixel_count(self.halvings)
         point = SitePoint(path, kind, "branch", pixels(width, self.halvings), attention)
         projections = (attention.to_q, *(() if crosses else (attention.to_k, attention.to_v)))
         weights = weights_in(*projections)
@@ -254,7 +262,7 @@ class _Builder:
         def alive(dims: Dims) -> int:
             return count(dims) * 6 * width
 
-        out = self._at_pixels(attention.to_out)
+        out = self.at_pixels(attention.to_out)
         if is_plain_attention(attention):
             if crosses:
                 self.crossing[path] = attention
@@ -269,6 +277,7 @@ class _Builder:
             yield Unit(
                 ("x",), ("branch",), run, (point,), (norm, attention), lambda dims: flops(dims) + out(dims), alive
             )
+        yield ADD
 
 
 ADD = Unit(("x", "branch"), ("x",), lambda _, x, branch: x + branch)
@@ -322,7 +331,7 @@ def _leaving(block: Any, linear: bool) -> Callable[[Forward, Tensor, Tensor], Te
     return run
 
 
-def _pixel_count(halvings: int) -> Callable[[Dims], int]:
+def pixel_count(halvings: int) -> Callable[[Dims], int]:
     def count(dims: Dims) -> int:
         height, width = dims.halved(halvings)
         return height * width

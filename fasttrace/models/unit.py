@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -82,6 +82,23 @@ class SitePoint:
     channels: slice | None = None
 
 
+class InsideSite(Protocol):
+    """A site's map for a unit that makes the site's value inside an op, which restores it there."""
+
+    @property
+    def by_op(self) -> bool:
+        """Whether the op can do all that happens at the site: one overwrite a row, and nobody else reads the value."""
+
+    def source(self, like: Tensor) -> Tensor:
+        """Codes ``[B, P]`` of `fasttrace.ops.restore`, for as many rows of the call as ``like [B, P, ...]`` has."""
+
+    def bank(self, like: Tensor) -> Tensor | None:
+        """``[S, P, D]`` that codes name, in the dtype of ``like``."""
+
+    def apply(self, value: Tensor) -> Tensor:
+        """The site's value ``[B, P, D]`` or ``[B, C, h, w]`` after everything that happens at the site."""
+
+
 class Forward:
     """What units read beside values: constants of one forward.
 
@@ -90,10 +107,32 @@ class Forward:
         shared: constants that all rows share, by name: rotary tables, a table of all texts' keys and values.
         by_row: constants with the rows of the whole call first, ``[B, ...]``; a first dimension of 1 is every row's.
         rows: that are there at the beginning; an engine raises it as others join.
+        inside: the map of a site by name, for units that make its value inside an op.
     """
 
-    def __init__(self, dims: Dims, shared: Mapping[str, Any], by_row: Mapping[str, Tensor], rows: int) -> None:
-        self.dims, self.shared, self._by_row, self.rows = dims, shared, by_row, rows
+    def __init__(
+        self,
+        dims: Dims,
+        shared: Mapping[str, Any],
+        by_row: Mapping[str, Tensor],
+        rows: int,
+        inside: Callable[[str], InsideSite] | None = None,
+    ) -> None:
+        self.dims, self.shared, self._by_row, self.rows = dims, shared, dict(by_row), rows
+        self._inside = inside
+
+    def inside(self, site: str) -> InsideSite:
+        """The map of a site whose value is made inside an op."""
+        assert self._inside is not None, "units on ops need an engine that gives them the maps of sites"
+        return self._inside(site)
+
+    def whole(self, name: str) -> Tensor:
+        """A constant's rows of the whole call."""
+        return self._by_row[name]
+
+    def set_by_row(self, name: str, tensor: Tensor) -> None:
+        """Add a constant with the rows of the whole call first, or a first dimension of 1."""
+        self._by_row[name] = tensor
 
     def of_rows(self, name: str) -> Tensor:
         """A constant's rows that are there now."""
@@ -113,6 +152,8 @@ class Unit:
         reads, writes: names of values.
         run: a function of them.
         sites: those whose values it writes, in the order in which their hooks fire.
+        inside: those whose values it makes and restores within itself, before ``sites``. Rows that join there enter
+            before the unit runs.
         modules: those that it calls as modules, so that their hooks and adapters act.
         flops: operations of one row; a multiply and an add are two. Keys and values of the text are not counted where
             they are computed once for all steps.
@@ -124,6 +165,7 @@ class Unit:
     writes: tuple[str, ...]
     run: Run = field(repr=False)
     sites: tuple[SitePoint, ...] = ()
+    inside: tuple[SitePoint, ...] = field(default=(), kw_only=True)
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     flops: Callable[[Dims], float] = field(default=lambda dims: 0.0, repr=False)
     alive: Callable[[Dims], int] = field(default=lambda dims: 0, repr=False)

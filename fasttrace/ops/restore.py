@@ -19,6 +19,8 @@ in every implementation, so a chain of copies would not be followed.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,16 @@ def slot_code(slot: int, rows: int) -> int:
 def add_code(slot: int) -> int:
     """Code that adds bank slot ``slot`` to what was computed."""
     return ADD - slot
+
+
+def keep_all(like: Tensor) -> Tensor:
+    """The map ``[B, P]`` that keeps everything, for a value ``[B, P, ...]``: one number, sent to the device once."""
+    return _keep(like.device).expand(like.shape[:2])
+
+
+@cache
+def _keep(device: torch.device) -> Tensor:
+    return torch.full((1, 1), KEEP, dtype=torch.int32, device=device)
 
 
 def restore(value: Tensor, source: Tensor, bank: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..engine.oracle.oracle import hooks
+from ..engine.hooks import hooks
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

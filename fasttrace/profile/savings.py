@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..engine.denoise.cost import cost_of
-from ..engine.denoise.request import UNetRequest, unet_request
 from ..engine.denoise.trace import plan_summary
+from ..engine.requests.denoise import UNetRequest, unet_request
 from ..models.unet import describe_unet
 from ..models.unit import Dims, weights_in
 from ..patch import Patch

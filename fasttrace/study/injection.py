@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.denoise.request import UNetRequest
+from ..engine.hooks import uncompiled
+from ..engine.requests.denoise import UNetRequest
 from ..pipeline import Condition
 from ..sites import Site
 from .axes import Steps
@@ -61,7 +62,7 @@ def _batch(
     rows = len(runs) * request.branches
     sites = {site.name: site for members, _ in runs for site in members}
     for step in range(request.steps):
-        with ExitStack() as stack:
+        with uncompiled(request.pipe.unet), ExitStack() as stack:
             for name, site in sites.items():
                 takers = [
                     rows - len(runs) + index

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.denoise.request import Added, UNetRequest, unet_request
 from ..engine.denoise.trace import MOST_GROUPS, UNetTrace, plan_summary, run_request, trace_unet_many
+from ..engine.requests.denoise import Added, UNetRequest, unet_request
 from ..patch import ZERO, Patch
 from ..pipeline import Condition, encode_negative, encode_prompt, latent_shape
 from ..prompts import Prompt

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engine.denoise.request import UNetRequest
 from ..engine.denoise.trajectory import Trajectories
-from ..engine.oracle.oracle import hooks, timestep_condition
-from ..engine.values import first, to_positions, value_hooks
-from ..pipeline import Condition, encode_prompt
+from ..engine.hooks import uncompiled, value_hooks
+from ..engine.requests.denoise import UNetRequest
+from ..engine.values import to_positions
+from ..pipeline import Condition, encode_prompt, timestep_condition
 from ..sites import Site
 from .conditions import attention_mask
 from .settings import Settings
@@ -34,10 +33,11 @@ def text_means(study: Settings, sites: list[Site]) -> dict[str, Tensor]:
             for prompt in sorted(study.prompts, key=lambda prompt: prompt.id):
                 tokens = study.tokens[part][prompt.id]
                 mask = attention_mask(encoder, tokens)
-                encoder(
-                    input_ids=torch.tensor([tokens.ids], device=encoder.device),
-                    attention_mask=None if mask is None else torch.tensor([mask], device=encoder.device),
-                )
+                with uncompiled(encoder):
+                    encoder(
+                        input_ids=torch.tensor([tokens.ids], device=encoder.device),
+                        attention_mask=None if mask is None else torch.tensor([mask], device=encoder.device),
+                    )
     return {name: (total / len(study.prompts)).to(study.pipe.unet.dtype) for name, total in sums.items()}
 
 
@@ -53,18 +53,18 @@ def unet_means(
     """
     sums: dict[str, Tensor] = {}
     now = 0
-    pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
+    pairs: list[tuple[Site, Callable[[Tensor], None]]] = []
     for site in sites:
 
-        def add(module: nn.Module, args: Any, output: Any, name: str = site.name) -> None:
-            value = to_positions(first(output)[-1:])[0].double().mean(0)
+        def add(value: Tensor, name: str = site.name) -> None:
+            mean = to_positions(value[-1:])[0].double().mean(0)
             if name not in sums:
-                sums[name] = value.new_zeros(study.step_count, value.shape[0])
-            sums[name][now] += value
+                sums[name] = mean.new_zeros(study.step_count, mean.shape[0])
+            sums[name][now] += mean
 
-        pairs.append((site.module, add))
+        pairs.append((site, add))
     count = 0
-    with torch.no_grad(), hooks(pairs):
+    with torch.no_grad(), uncompiled(study.pipe.unet), value_hooks(pairs):
         for prompt in sorted(study.prompts, key=lambda prompt: prompt.id):
             condition = encode_prompt(study.pipe, prompt.text)
             for seed in sorted(study.seeds_of(prompt)):
@@ -98,7 +98,7 @@ def call_unet(request: UNetRequest, scaled: Tensor, timestep: Tensor, condition:
         scaled.repeat(len(branches), 1, 1, 1),
         timestep,
         encoder_hidden_states=torch.cat([one.embeds.expand(rows, -1, -1) for one in branches]),
-        timestep_cond=timestep_condition(request),
+        timestep_cond=timestep_condition(request.pipe, request.guidance_scale),
         added_cond_kwargs=added,
         return_dict=False,
     )[0]

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..engine.oracle.oracle import corrupted_inputs
 from ..findings.table import COLUMNS
 from ..metrics.metrics import RunBatch
 from ..pipeline import decode_latents
@@ -40,7 +39,6 @@ def _batches(study: Settings, traced: Traced) -> Iterator[RunBatch]:
     text = prompt.target if study.scored_text == "target" else prompt.text
     needs = {metric.needs for metric in study.resolved_metrics}
     count = 2 + len(traced.piece.runs)
-    inputs = _inputs(study, traced)
     for start in range(0, count, _BATCH):
         rows = slice(start, min(start + _BATCH, count))
         latents = outputs = None
@@ -58,7 +56,7 @@ def _batches(study: Settings, traced: Traced) -> Iterator[RunBatch]:
             outputs=outputs,
             clean_outputs=None if outputs is None or traced.trace is None else traced.trace.clean,
             timesteps=None if outputs is None else _timesteps(study),
-            inputs=inputs,
+            inputs=None if traced.trace is None else traced.trace.inputs,
         )
 
 
@@ -79,20 +77,12 @@ def _text(traced: Traced, rows: slice) -> Tensor:
 
 
 def _timesteps(study: Settings) -> Tensor:
-    from ..engine.denoise.trajectory import new_scheduler
+    from ..engine.schedule import new_scheduler
 
     timesteps: Tensor = new_scheduler(
         study.traced_pipe.scheduler, study.num_inference_steps, torch.device("cpu")
     ).timesteps
     return timesteps
-
-
-def _inputs(study: Settings, traced: Traced) -> Tensor | None:
-    """The corrupted run's latents as the UNet reads them, where a metric decodes predictions from them."""
-    if traced.request is None or not any(metric.name.startswith("x0") for metric in study.resolved_metrics):
-        return None
-    with torch.no_grad():
-        return torch.cat(corrupted_inputs(traced.request))
 
 
 def table_rows(study: Settings, group: Group, scores: Scores) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_given_representations_take_the_place_of_sources() -> None:
         with torch.no_grad():
             _, expected = own(base, None, {"sources->base": (None, 3)}, source_representations=given)
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-4)
+
+
+def test_a_compiled_model_is_called_uncompiled_where_sources_are_read() -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("what is compiled was called, which knows none of the hooks")
+
+    model = copy.deepcopy(language_model("gpt2", torch.float32))
+    config = pv.IntervenableConfig([component("block_output", 1, pv.VanillaIntervention)])
+    call = inputs(0), [inputs(1)], {"sources->base": 4}
+    expected = backend.FastIntervenable(config, model)(*call)[1].logits
+    model._compiled_call_impl = never
+    found = backend.FastIntervenable(config, model)(*call)[1].logits
+    assert torch.equal(found, expected)
+    assert model._compiled_call_impl is never
 
 
 def test_outputs_come_in_pyvenes_forms() -> None:

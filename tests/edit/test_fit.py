@@ -52,6 +52,18 @@ def relative(result: Tensor, expected: Tensor) -> float:
     return float((result.double() - expected).norm() / expected.norm())
 
 
+def test_a_compiled_encoder_is_called_uncompiled_and_stays_compiled() -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("what is compiled was called, which knows none of the hooks")
+
+    pipe = ft.zoo.random_pipeline("tiny-sd15")
+    name = "text_encoder.encoder.layers.1.mlp.fc2"
+    before = edited(ft.fit_edit(pipe, CONCEPT, site=name), pipe, name)
+    pipe.text_encoder._compiled_call_impl = never
+    assert torch.equal(edited(ft.fit_edit(pipe, CONCEPT, site=name), pipe, name), before)
+    assert pipe.text_encoder._compiled_call_impl is never
+
+
 @pytest.mark.parametrize("projection", ["self_attn.out_proj", "self_attn.k_proj", "mlp.fc1", "mlp.fc2"])
 def test_corrected_mode(tiny: Any, projection: str) -> None:
     for part in [p for p in ("text_encoder", "text_encoder_2") if getattr(tiny, p, None) is not None]:

@@ -62,8 +62,12 @@ def both(pipe: Any, patches: Any, **keywords: Any) -> tuple[UNetTrace, UNetTrace
 
 
 def difference(a: UNetTrace, b: UNetTrace) -> float:
-    """Largest difference of any output, as a share of the largest clean value."""
-    pairs = ((a.clean, b.clean), (a.corrupted, b.corrupted), (a.restored, b.restored))
+    """Largest difference of any output or input, as a share of the largest clean value."""
+    pairs = [(a.clean, b.clean), (a.corrupted, b.corrupted), (a.restored, b.restored)]
+    if a.inputs is not None or b.inputs is not None:
+        assert a.inputs is not None
+        assert b.inputs is not None
+        pairs.append((a.inputs, b.inputs))
     largest = max(float((one - two).abs().max()) if one.numel() else 0.0 for one, two in pairs)
     return largest / float(a.clean.abs().max())
 

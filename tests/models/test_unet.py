@@ -73,13 +73,14 @@ def test_what_lives_on_past_a_unit_is_what_later_ones_read() -> None:
 
     units = [unit("in", "x"), unit("x", "skip"), unit("x", "branch"), unit("x branch", "x"), unit("x skip", "x")]
     flow = liveness(units, ("in",), ("x",))
-    assert flow.live == [
+    assert flow.live_on == [
         {("x", 0)},
         {("x", 0), ("skip", 1)},
         {("x", 0), ("skip", 1), ("branch", 2)},
         {("x", 3), ("skip", 1)},
         {("x", 4)},
     ]
+    assert flow.live == [{("in", -1)}, *flow.live_on[:3], {("x", 3), ("skip", 1)}]
     assert flow.last == [(("in", -1),), (), (), (("branch", 2), ("x", 0)), (("skip", 1), ("x", 3))]
     assert flow.outputs == (("x", 4),)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...models.attention import has_hooks
 from ...models.unet import describe_unet, text_keys
-from ...pipeline import Condition
-from ..oracle.oracle import timestep_condition
+from ...pipeline import Condition, timestep_condition
+from ..requests.denoise import UNetRequest
 from .compile import CompiledUNet
 from .cost import Cost, cost_of
 from .execute import Trail
@@ -19,7 +19,6 @@ from .memory import BatchSize, is_out_of_memory
 from .packing import BUCKET
 from .patching import Cache
 from .plan import CallPlan, plan_calls
-from .request import UNetRequest
 from .runs import Key, Row
 from .shadow import shadow_of
 
@@ -43,7 +42,7 @@ class UNetCalls:
                 named.append((None, one.negative))
             self.texts_of.append({name: len(conditions) + place for place, (name, _) in enumerate(named)})
             conditions += [condition for _, condition in named]
-        guidance = timestep_condition(request)
+        guidance = timestep_condition(request.pipe, request.guidance_scale)
         self._dtype = request.dtype or request.latents.dtype
         unet = shadow_of(request.pipe.unet, self._dtype)
         description = describe_unet(unet)

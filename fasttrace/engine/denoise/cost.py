@@ -36,9 +36,9 @@ def cost_of(model: Description, dims: Dims) -> Cost:
     sizes: dict[Value, int] = {}
     for place, unit in enumerate(model.units):
         flops += unit.flops(dims)
-        flops_to |= {name: flops for name, _ in model.ends[place]}
+        flops_to |= dict.fromkeys((*model.inside[place], *(name for name, _ in model.ends[place])), flops)
         for name, shape in zip(unit.writes, unit.shapes, strict=False):
             sizes[name, place] = math.prod(shape(dims))
-        lives_on = sum(sizes.get(value, 0) for value in model.flow.live[place])
+        lives_on = sum(sizes.get(value, 0) for value in model.flow.live_on[place])
         widest = max(widest, unit.alive(dims) + lives_on)
     return Cost(flops, flops_to, widest)

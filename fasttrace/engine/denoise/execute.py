@@ -75,6 +75,7 @@ def execute(
             tensor = held[value] = torch.cat([*([] if tensor is None else [tensor]), *entered])
         return tensor
 
+    model.begin(forward)
     begins_midway = forward.rows == 0
     first = min(model.place[site] for site in joins.entering) if begins_midway else 0
     if not begins_midway:
@@ -82,7 +83,9 @@ def execute(
             keep((name, BEGINNING), tensor)
     for place in range(first, len(units)):
         unit = units[place]
-        if place > first or not begins_midway:
+        for site in model.inside[place]:
+            forward.rows += joins.entering.get(site, 0)
+        if forward.rows:  # else the call begins with the rows that enter at this unit's end
             written = unit.run(forward, *(of_all_rows(value) for value in flow.reads[place]))
             tensors = (written,) if isinstance(written, Tensor) else written
             for name, tensor in zip(unit.writes, tensors, strict=True):

@@ -13,10 +13,10 @@ from ...models.description import Description
 from ...models.unet import time_states
 from ...models.unit import Dims, Forward
 from ...pipeline import Condition
-from ..oracle.oracle import hooks
+from ..hooks import hooks
 from ..values import first, with_first
 from .execute import Trail, execute
-from .patching import Cache, patch_site
+from .patching import Cache, CallSites, patch_site
 from .plan import CallPlan
 from .site_map import SitePlan
 
@@ -87,14 +87,9 @@ def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, tr
     if not model.description.runs:
         return _hooked(model, inputs, plan, cache)
 
-    def at_site(site: str, value: Tensor) -> Tensor:
-        here = plan.sites.get(site)
-        if here is None:
-            return value
-        return patch_site(value.clone() if model.observed else value, site, here, cache)
-
-    forward = unet_forward(model, inputs.sample, inputs.text, time_of(model, inputs))
-    (output,) = execute(model.description, forward, {"sample": inputs.sample}, at_site, plan.joins, trail)
+    sites = CallSites(plan.sites, cache, model.observed)
+    forward = unet_forward(model, inputs.sample, inputs.text, time_of(model, inputs), sites)
+    (output,) = execute(model.description, forward, {"sample": inputs.sample}, sites.at_end, plan.joins, trail)
     return output
 
 
@@ -104,11 +99,11 @@ def time_of(model: Model, inputs: CallInputs) -> Tensor:
     return time_states(model.unet, inputs.timestep, model.guidance, texts.embeds, texts.added(inputs.text))
 
 
-def unet_forward(model: Model, sample: Tensor, text: Tensor, time: Tensor) -> Forward:
+def unet_forward(model: Model, sample: Tensor, text: Tensor, time: Tensor, sites: CallSites | None = None) -> Forward:
     """The constants of one call, of which ``sample`` holds the rows that are there from the start."""
     dims = Dims(sample.shape[2], sample.shape[3], model.texts.embeds.shape[1])
     shared = {"keys": model.keys, "embeds": model.texts.embeds}
-    return Forward(dims, shared, {"time": time, "text": text}, rows=sample.shape[0])
+    return Forward(dims, shared, {"time": time, "text": text}, sample.shape[0], None if sites is None else sites.inside)
 
 
 def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..requests.denoise import UNetRequest
 from .calls import UNetCalls
-from .request import UNetRequest
 from .runs import CORRUPTED, Group, Key, Row, distinct_runs, forced_rows, free_rows
 from .trajectory import Trajectories
 
 Progress = Callable[[int], None]
-Output = tuple[Tensor, Tensor, Tensor]
+Output = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def trace_unet_lockstep(request: UNetRequest) -> Output:
-    """Clean, corrupted and restored, as `fasttrace.engine.denoise.trace.UNetTrace` describes them."""
+    """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.UNetTrace` describes them."""
     return trace_groups([request])[0]
 
 
@@ -27,14 +27,14 @@ def trace_groups(requests: Sequence[UNetRequest], progress: Progress | None = No
     groups = [distinct_runs(index, request, calls.texts_of[index]) for index, request in enumerate(requests)]
     outputs = _teacher_forced(groups, calls) if requests[0].protocol == "teacher_forced" else _free(groups, calls)
     traces = []
-    for group, values in zip(groups, outputs, strict=True):
+    for group, (values, inputs) in zip(groups, outputs, strict=True):
         restored = values[group.results] if group.results else values.new_empty(0, *values.shape[1:])
-        traces.append((values[0], values[CORRUPTED], restored))
+        traces.append((values[0], values[CORRUPTED], restored, inputs))
     return traces
 
 
-def _free(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
-    """Final latents of every run of every group, ``[runs, C, h, w]`` each."""
+def _free(groups: Sequence[Group], calls: UNetCalls) -> list[tuple[Tensor, Tensor | None]]:
+    """Final latents of every run of every group, ``[runs, C, h, w]`` each, beside no inputs in common."""
     lanes = [Lane(group, [number for number, run in enumerate(group.runs) if run.base == number]) for group in groups]
     for step in range(groups[0].request.steps):
         rows: list[Row] = []
@@ -48,30 +48,32 @@ def _free(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
             alias |= same
             inputs |= {row.key: latents[row.key[1]] for row in own}
         _advance(lanes, step, calls.run(rows, inputs, lanes[0].timestep(step)), alias)
-    return [lane.final() for lane in lanes]
+    return [(lane.final(), None) for lane in lanes]
 
 
-def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[Tensor]:
-    """Conditional outputs of every run of every group, ``[runs, S, C, h, w]`` each.
+def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[tuple[Tensor, Tensor | None]]:
+    """Conditional outputs of every run of every group, ``[runs, S, C, h, w]`` each, and their inputs ``[S, C, h, w]``.
 
     Only the corrupted run takes the scheduler's steps. Its rows alone would be calls too small to be fast, so all
     others, which read the same latents, are in them.
     """
     lanes = [Lane(group, [CORRUPTED]) for group in groups]
     outputs: list[list[Tensor]] = [[] for _ in groups]
+    read: list[list[Tensor]] = [[] for _ in groups]
     for step in range(groups[0].request.steps):
         rows: list[Row] = []
         alias: dict[Key, Key] = {}
         inputs: dict[Key, Tensor] = {}
-        for lane in lanes:
+        for lane, of_group in zip(lanes, read, strict=True):
             own, same = forced_rows(lane.group, step, calls.joins)
             rows += own
             alias |= same
-            inputs |= dict.fromkeys((row.key for row in own), lane.inputs(step)[CORRUPTED])
+            of_group.append(lane.inputs(step)[CORRUPTED])
+            inputs |= dict.fromkeys((row.key for row in own), of_group[-1])
         said = _advance(lanes, step, calls.run(rows, inputs, lanes[0].timestep(step)), alias)
         for group, of_group in zip(groups, outputs, strict=True):
             of_group.append(_by_run(group, said))
-    return [torch.stack(of_group, dim=1) for of_group in outputs]
+    return [(torch.stack(said, dim=1), torch.stack(seen)) for said, seen in zip(outputs, read, strict=True)]
 
 
 def _advance(lanes: Sequence[Lane], step: int, outputs: dict[Key, Tensor], alias: dict[Key, Key]) -> dict[Key, Tensor]:

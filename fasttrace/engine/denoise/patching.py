@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ...corruption import philox_normal
+from ...ops.restore import keep_all
 from ...patch import Add, Noise, Patch
 from ..values import given_value, to_positions
 from .runs import Key
@@ -13,6 +17,57 @@ from .site_map import ADDED, COPY, SLOT, ZEROS, Round, SitePlan
 
 Cache = dict[tuple[Key, str], Tensor]
 """Values ``[P, D]`` of rows at sites, from earlier calls."""
+
+_NOTHING = SitePlan()
+
+
+class CallSites:
+    """What happens at the sites of one call.
+
+    Args:
+        sites: of the call's plan, by name.
+        cache: values of earlier calls.
+        observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
+    """
+
+    def __init__(self, sites: Mapping[str, SitePlan], cache: Cache, observed: bool) -> None:
+        self._sites, self._cache, self._observed = sites, cache, observed
+
+    def at_end(self, site: str, value: Tensor) -> Tensor:
+        """A value that a unit wrote, after everything that happens at its site."""
+        plan = self._sites.get(site)
+        if plan is None:
+            return value
+        return patch_site(value.clone() if self._observed else value, site, plan, self._cache)
+
+    def inside(self, site: str) -> Inside:
+        """The map of a site whose value is made inside an op."""
+        plan = self._sites.get(site)
+        return Inside(site, plan or _NOTHING, self._cache)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """One site's map, as `fasttrace.models.unit.InsideSite` describes it."""
+
+    site: str
+    plan: SitePlan
+    cache: Cache
+
+    @property
+    def by_op(self) -> bool:
+        return self.plan.recorded is None and len(self.plan.rounds) <= 1
+
+    def source(self, like: Tensor) -> Tensor:
+        if not self.plan.rounds:
+            return keep_all(like)
+        return self.plan.rounds[0].source[: like.shape[0]]
+
+    def bank(self, like: Tensor) -> Tensor | None:
+        return slot_bank(like, self.site, self.plan, self.cache)
+
+    def apply(self, value: Tensor) -> Tensor:
+        return patch_site(value, self.site, self.plan, self.cache)
 
 
 def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor:

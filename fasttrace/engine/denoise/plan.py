@@ -72,9 +72,8 @@ class _Section:
         self._calls, self._model, self._positions, self._device = calls, model, positions, device
         joiners = [row for call in calls for row in call if row.parent is not None]
         self._leaving = {row.parent for row in joiners}
-        places = {model.place[joining_site(row, model.order)] for row in joiners}
-        # Of what lives on past a site where rows join: whatever was written by then.
-        self._left = frozenset(value for place in places for value in model.flow.live[place])
+        sites = {joining_site(row, model.order) for row in joiners}
+        self._left = frozenset(value for site in sites for value in model.brought[site])
 
     def plans(self) -> list[CallPlan]:
         computed_in: dict[Key, int] = {}

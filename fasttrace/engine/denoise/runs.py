@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...patch import Patch
-from .request import UNetRequest
+from ..requests.denoise import UNetRequest
 
 Key: TypeAlias = tuple[int, int, int]
 """Names a row's values within a step: group, run, branch (the last is the conditional one)."""

@@ -58,12 +58,14 @@ class Round:
         masks: ``[B]`` int32, a row of ``table``.
         table: ``[M, P]`` bool; row 0 is every position.
         moves: the same for eager code.
+        source: ``[B, P]`` int32, as ops take it: an expanded view of ``codes`` where whole rows are patched.
     """
 
     codes: Tensor
     masks: Tensor
     table: Tensor
     moves: tuple[Move, ...]
+    source: Tensor
 
     def dense(self, rows: int) -> Tensor:
         """The map ``[rows, P]`` int32 of `fasttrace.ops.restore`, for a call that is padded to ``rows`` rows.
@@ -72,7 +74,7 @@ class Round:
         """
         own = self.codes.shape[0]
         codes = torch.where(self.codes >= own, self.codes + (rows - own), self.codes)
-        dense = torch.where(self.table[self.masks.long()], codes[:, None], KEEP)
+        dense = torch.where(self.source != KEEP, codes[:, None], KEEP)
         return torch.nn.functional.pad(dense, (0, 0, 0, rows - own), value=KEEP)
 
 
@@ -133,7 +135,12 @@ def plan_round(overwrites: dict[int, tuple[Positions, int]], rows: int, position
     ):
         source = ADD - codes if kind == ADDED else codes - first
         moves += _moves(kind, np.flatnonzero(chosen), source, masks, table, device)
-    return Round(_tensor(codes, device), _tensor(masks, device), _tensor(table, device), tuple(moves))
+    source = np.broadcast_to(codes[:, None], (rows, positions))
+    if masks.any():
+        source = np.where(table[masks], source, KEEP)
+    on_device = _tensor(codes, device)
+    by_position = _tensor(source, device) if masks.any() else on_device[:, None].expand(rows, positions)
+    return Round(on_device, _tensor(masks, device), _tensor(table, device), tuple(moves), by_position)
 
 
 def _moves(

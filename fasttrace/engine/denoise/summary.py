@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import chain
 
 from ...models.unet import describe_unet
+from ..requests.denoise import UNetRequest
 from .calls import batch_size, call_rows
 from .cost import cost_of
 from .memory import row_bytes
 from .packing import joining_site, pack
-from .request import UNetRequest
 from .runs import distinct_runs, forced_rows, free_rows
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...errors import ModelError, NumericsError
 from ...patch import PatchSet
+from ..oracle.denoise import trace_unet_oracle
+from ..requests.denoise import PROTOCOLS, Added, UNetRequest, unet_request
 from ..values import nan_rows
-from .request import PROTOCOLS, Added, UNetRequest, unet_request
 
 MOST_GROUPS = 8
 """Requests that take their steps together: more fill no batch better, and delay the first trace."""
@@ -40,11 +41,14 @@ class UNetTrace:
             at each of ``S`` steps, before guidance.
         corrupted: as ``clean``.
         restored: ``[N, C, h, w]``, or ``[N, S, C, h, w]``: one per run, in the order of the patches.
+        inputs: ``teacher_forced``: what the UNet read at each step in every run, ``[S, C, h, w]``: the corrupted run's
+            latents, scaled for the timestep. Else ``None``.
     """
 
     clean: Tensor
     corrupted: Tensor
     restored: Tensor
+    inputs: Tensor | None = None
 
 
 def trace_unet(
@@ -121,10 +125,8 @@ def run_request(request: UNetRequest, engine: str = "fast") -> UNetTrace:
     return trace
 
 
-def _engine(name: str) -> Callable[[UNetRequest], tuple[Tensor, Tensor, Tensor]]:
+def _engine(name: str) -> Callable[[UNetRequest], tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     if name == "oracle":
-        from ..oracle.oracle import trace_unet_oracle
-
         return trace_unet_oracle
     if name == "fast":
         from .lockstep import trace_unet_lockstep

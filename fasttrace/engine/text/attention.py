@@ -11,10 +11,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from ...models.text.description import Heads, attended
 from ...ops.ragged_prefix_attention import ragged_prefix_attention
-from .decoder import Decoder, Heads
 from .plan import Suffixes
 
 
@@ -28,41 +27,37 @@ class SuffixAttention(Protocol):
     def __call__(self, own: Heads, base: Heads, suffixes: Suffixes, scale: float, out: Tensor) -> None: ...
 
 
-def suffix_attention(way: str | None, decoder: Decoder, like: Tensor) -> SuffixAttention:
-    """Attention in one of the two ways, by default the one that is quickest for heads ``[R, H, d]`` like these."""
+def suffix_attention(way: str | None, bias: Tensor, causal: bool, like: Tensor) -> SuffixAttention:
+    """Attention in one of the two ways, by default the one that is quickest for heads ``[R, H, d]`` like these.
+
+    Args:
+        way: ``"grouped"``, ``"ragged"`` or ``None``.
+        bias: of the model, ``[1 or H, T, T]``; ``causal`` says that it hides what follows a token.
+    """
     if way is None:
-        way = "ragged" if decoder.causal and ragged_prefix_attention.chosen(like) == "triton" else "grouped"
-    return _WAYS[way](decoder)
-
-
-def whole_attention(heads: Heads, bias: Tensor, scale: float) -> Tensor:
-    """Queries ``[n, Q, H, d]`` over keys and values ``[n, T, G, d]``, bias ``[1 or H, Q, T]``: ``[n, Q, H x d]``."""
-    q, k, v = (x.transpose(1, 2) for x in heads)
-    # torch's fast CPU kernel takes masks of two or four dimensions.
-    mask = bias[0] if len(bias) == 1 else bias[None]
-    result = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return result.transpose(1, 2).flatten(2)
+        way = "ragged" if causal and ragged_prefix_attention.chosen(like) == "triton" else "grouped"
+    return _WAYS[way](bias)
 
 
 class Grouped:
     """One `scaled_dot_product_attention` for each first token."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.bias = decoder.bias
+    def __init__(self, bias: Tensor) -> None:
+        self.bias = bias
 
     def __call__(self, own: Heads, base: Heads, suffixes: Suffixes, scale: float, out: Tensor) -> None:
         for first, (q, *mine, result) in _groups(suffixes, (*own, out)):
             shared = (x[:first].expand(len(q), -1, -1, -1) for x in base[1:])
             k, v = (torch.cat(parts, dim=1) for parts in zip(shared, mine, strict=True))
-            result.copy_(whole_attention((q, k, v), self.bias[:, first:], scale).view_as(result))
+            result.copy_(attended((q, k, v), self.bias[:, first:], scale).view_as(result))
 
 
 class Ragged:
     """One call of the op for all suffixes."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, bias: Tensor) -> None:
         # The last token of a causal model reads every key that may be read at all.
-        readable = decoder.bias[:, -1]
+        readable = bias[:, -1]
         self.key_mask = None if bool(readable.all()) else readable
 
     def __call__(self, own: Heads, base: Heads, suffixes: Suffixes, scale: float, out: Tensor) -> None:
@@ -71,7 +66,7 @@ class Ragged:
         out.copy_(ragged_prefix_attention(*own, k_base[None], v_base[None], suffixes.bounds, None, key_mask, scale))
 
 
-_WAYS: dict[str, Callable[[Decoder], SuffixAttention]] = {"grouped": Grouped, "ragged": Ragged}
+_WAYS: dict[str, Callable[[Tensor], SuffixAttention]] = {"grouped": Grouped, "ragged": Ragged}
 
 
 def _groups(suffixes: Suffixes, tensors: tuple[Tensor, ...]) -> Iterator[tuple[int, list[Tensor]]]:

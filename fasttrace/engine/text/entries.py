@@ -11,9 +11,9 @@ from torch import Tensor
 from ...corruption import philox_normal
 from ...patch import ZERO, Add, Noise, Patch, Source
 from ...sites import Site
+from ..requests.text import TextRequest, encoder_path
 from ..values import given_value
 from .plan import KIND_STAGE, Entries, Indices
-from .request import TextRequest, encoder_path
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ of it. Layers that carry hooks or adapters are called as modules all the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
+
+from ...models.text.description import FeedForward
 
 # Fewer rows a layer than this do not repay the reordering of its weights.
 WORTHWHILE_ROWS = 2048
@@ -23,14 +23,6 @@ _FUSED = {
     "NewGELUActivation": ("gelu", "tanh", 1.0),
     "ReLU": ("relu", "", 1.0),
 }
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """An MLP module, and where it is ``down(activation(up(x)))`` and nothing more, its parts."""
-
-    module: nn.Module
-    parts: tuple[nn.Module, nn.Module, nn.Module] | None = None
 
 
 def on_packed(module: nn.Module, x: Tensor) -> Tensor:
@@ -70,10 +62,10 @@ class Reordered(Modules):
         return self._apply(module, x).add_(residual)
 
     def feed_forward(self, mlp: FeedForward, x: Tensor, residual: Tensor) -> Tensor:
-        if mlp.parts is None or _has_hooks(mlp.module):
+        if mlp.parts is None or any(map(_has_hooks, mlp.module.modules())):
             return super().feed_forward(mlp, x, residual)
         up, activation, down = mlp.parts
-        fused = None if _has_hooks(activation) else _FUSED.get(type(activation).__name__)
+        fused = _FUSED.get(type(activation).__name__)
         if fused is None or not _is_plain(up) or not _is_plain(down):
             return super().feed_forward(mlp, x, residual)
         name, algorithm, factor = fused

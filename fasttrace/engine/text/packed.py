@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import suffix_attention, whole_attention
+from ...models.text.description import Heads, Layer, TextModel, attended
+from ...models.text.families import text_head, text_model
+from ..requests.text import TextRequest
+from .attention import suffix_attention
+from .bypassed import check_bypassed
 from .compile import compile_plan
-from .decoder import Decoder, DecoderLayer, Heads, decoder_of, text_head
 from .entries import FlatPatches, differs_from, flatten, given_rows, split_entries
 from .linear import linear_calls, on_packed
 from .plan import ATTN, HIDDEN, MLP, Attention, Chunk, HeadPatches, LayerPlan, Stage, TextPlan, TextShape
-from .request import TextRequest
 
 # Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
 _CHUNK_ROWS = {"cpu": 8192}
@@ -66,17 +68,23 @@ class PackedText:
     """A request's plan and its unpatched runs; ``sample`` makes the rest, for one noise sample at a time."""
 
     def __init__(self, request: TextRequest) -> None:
+        check_bypassed(request)
         self.request = request
-        self.decoder, self.length = _decoder(request)
+        self.model = text_model(request.encoder)
+        self.layers = self.model.layers[: request.depth]
+        self.length = _length(request, self.model)
+        mask = request.attention_mask
+        self.constants = self.model.constants(self.length, None if mask is None else mask[: self.length])
         flat = flatten(request)
         self.sources = flat.sources
-        self.plan = _compile(request, self.decoder, self.length, flat)
+        self.plan = _compile(request, self.model, self.length, flat)
         prompts = {**request.sources, "clean": request.ids}
         self.records = {name: self._record(ids, None) for name, ids in prompts.items()}
         self.clean = self._output(self.records["clean"].hidden[-1])
-        rows = self.plan.token_layers // max(1, len(self.decoder.layers))
+        rows = self.plan.token_layers // max(1, len(self.layers))
         self.call = linear_calls(self.records["clean"].hidden[0], rows)
-        self.attend = suffix_attention(request.attention, self.decoder, self.records["clean"].heads[0][0])
+        bias, causal, like = self.constants.bias, self.model.family.causal, self.records["clean"].heads[0][0]
+        self.attend = suffix_attention(request.attention, bias, causal, like)
 
     def sample(self, noise: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
         """The corrupted output, and the restored ones in parts: numbers of some runs ``[n]``, and their outputs."""
@@ -96,14 +104,15 @@ class PackedText:
 
     def _record(self, ids: Tensor, noise: Tensor | None) -> Record:
         """One prompt ``[T]``, unpatched, with the modules as they are."""
-        hidden = self.decoder.embed(ids[: self.length], None if noise is None else noise[: self.length])
-        result, call = Record([hidden], [], [], [], []), on_packed
+        noise, call = None if noise is None else noise[: self.length], on_packed
+        hidden = self.model.embed(call, ids[: self.length], self.constants, noise)
+        result = Record([hidden], [], [], [], [])
         positions = torch.arange(self.length, device=hidden.device)
-        for layer in self.decoder.layers:
-            heads = layer.project(linear_calls(hidden, 0), call(layer.norm_attn, hidden), positions)
+        for layer in self.layers:
+            heads = layer.project(call, call(layer.norm_attn, hidden), positions, self.constants)
             q, k, v = (x[None] for x in heads)
-            attended = whole_attention((q, k, v), self.decoder.bias, layer.scale)[0]
-            attn = call(layer.out, attended)
+            mixed = attended((q, k, v), self.constants.bias, layer.scale)[0]
+            attn = call(layer.out, mixed)
             middle = hidden + attn
             mlp = call(layer.mlp.module, call(layer.norm_mlp, middle))
             hidden = middle + mlp
@@ -111,7 +120,7 @@ class PackedText:
             result.attn.append(attn)
             result.mlp.append(mlp)
             result.heads.append(heads)
-            result.attended.append(attended)
+            result.attended.append(mixed)
         return result
 
     def _output(self, hidden: Tensor) -> Tensor:
@@ -124,15 +133,15 @@ class PackedText:
         request = self.request
         if request.output == "penultimate":
             return hidden
-        normed = on_packed(self.decoder.final_norm, hidden)
-        return normed if request.output == "last" else text_head(request.encoder, normed, request.answers)
+        normed = on_packed(self.model.final_norm, hidden)
+        return normed if request.output == "last" else text_head(on_packed, request.encoder, normed, request.answers)
 
     def _run(self, chunk: Chunk, records: dict[str, Record]) -> Tensor:
         """The packed state ``[slots, D]`` of a chunk after the last layer."""
         base = records[self.request.base]
         state = torch.empty_like(base.hidden[0][:1]).repeat(chunk.slots, 1)
         for number, plan in enumerate(chunk.layers):
-            layer = self.decoder.layers[number]
+            layer = self.layers[number]
             attended = self._attended(number, plan, base, records, state)
             for stage, work in enumerate(plan.stages):
                 state.index_copy_(0, work.join.slots, base.joining(number, stage)[work.join.tokens])
@@ -148,7 +157,7 @@ class PackedText:
         self, number: int, plan: LayerPlan, base: Record, records: dict[str, Record], state: Tensor
     ) -> Tensor | None:
         """A layer's attention at the computed columns ``[C, H x d]``, its heads patched, before the projection."""
-        layer, result = self.decoder.layers[number], None
+        layer, result = self.layers[number], None
         if plan.attention is not None:
             result = self._attention(layer, plan.attention, base.heads[number], state)
         return result if plan.heads is None else self._patch_heads(plan.heads, number, base, records, result)
@@ -171,7 +180,7 @@ class PackedText:
                 result.index_put_((where.rows, where.heads), value, accumulate=adding)
         return result.flatten(1)
 
-    def _mlp(self, layer: DecoderLayer, slots: Tensor, state: Tensor) -> None:
+    def _mlp(self, layer: Layer, slots: Tensor, state: Tensor) -> None:
         for rows in torch.split(slots, _MLP_ROWS.get(state.device.type, _MANY_ROWS)):
             residual = state[rows]
             new = self.call.feed_forward(layer.mlp, on_packed(layer.norm_mlp, residual), residual)
@@ -198,9 +207,10 @@ class PackedText:
             return records[patch.source].value(layer, stage)[tokens]
         return given_rows(patch, tokens, self.request.ids.shape[0], state)
 
-    def _attention(self, layer: DecoderLayer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
+    def _attention(self, layer: Layer, plan: Attention, base: Heads, state: Tensor) -> Tensor:
         """Attention's result ``[C, H x d]`` at the computed columns, before the output projection."""
-        own = layer.project(self.call, on_packed(layer.norm_attn, state[plan.rows.slots]), plan.rows.tokens)
+        normed = on_packed(layer.norm_attn, state[plan.rows.slots])
+        own = layer.project(self.call, normed, plan.rows.tokens, self.constants)
         queries = sum(part.queries for part in plan.parts)
         result = own[0].new_empty(queries, *own[0].shape[1:])
         live = done = 0
@@ -227,8 +237,8 @@ _PLANS: OrderedDict[object, TextPlan] = OrderedDict()
 
 def plan_of(request: TextRequest) -> TextPlan:
     """The plan of a request, without running it."""
-    decoder, length = _decoder(request)
-    return _compile(request, decoder, length, flatten(request))
+    model = text_model(request.encoder)
+    return _compile(request, model, _length(request, model), flatten(request))
 
 
 def forget_plans() -> None:
@@ -236,23 +246,17 @@ def forget_plans() -> None:
     _PLANS.clear()
 
 
-def _decoder(request: TextRequest) -> tuple[Decoder, int]:
-    """The layers that run, and the number of tokens: a causal model does nothing after the one that is read."""
-    length, mask = request.ids.shape[0], request.attention_mask
-    decoder = decoder_of(request.encoder, length, mask)
-    if decoder.causal and request.column is not None:
-        length = request.column + 1
-        decoder = decoder_of(request.encoder, length, None if mask is None else mask[:length])
-    del decoder.layers[request.depth :]
-    return decoder, length
+def _length(request: TextRequest, model: TextModel) -> int:
+    """The number of tokens that run: a causal model does nothing after the one that is read."""
+    return request.column + 1 if model.family.causal and request.column is not None else len(request.ids)
 
 
-def _compile(request: TextRequest, decoder: Decoder, length: int, flat: FlatPatches) -> TextPlan:
+def _compile(request: TextRequest, model: TextModel, length: int, flat: FlatPatches) -> TextPlan:
     """The plan, kept for the next prompt or noise sample with the same patches."""
-    device, full = request.ids.device, request.ids.shape[0]
-    shape = TextShape(len(decoder.layers), length, decoder.causal, request.column)
+    device, full, causal = request.ids.device, request.ids.shape[0], model.family.causal
+    shape = TextShape(request.depth, length, causal, request.column)
     differs = differs_from(request, flat.sources)
-    if not decoder.causal:
+    if not causal:
         differs = np.where(differs < full, 0, full)
     rows = request.max_rows or _CHUNK_ROWS.get(device.type, _MANY_ROWS)
     key = shape, full, len(request.runs), rows, device, differs.tobytes(), flat.key

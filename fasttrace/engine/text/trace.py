@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...errors import ModelError, NumericsError
 from ...patch import PatchSet
+from ..oracle.text import trace_text_oracle
+from ..requests.text import TextRequest, Tokens, encoder_path, text_request
 from ..values import nan_rows
-from .request import TextRequest, Tokens, encoder_path, text_request
 
 __all__ = [
     "TextPart",
@@ -186,8 +187,6 @@ def run_text_request(request: TextRequest, engine: str = "fast") -> TextTrace:
 
 def _engine(name: str) -> Callable[[TextRequest], tuple[Tensor, Tensor, Tensor]]:
     if name == "oracle":
-        from ..oracle.oracle import trace_text_oracle
-
         return trace_text_oracle
     if name == "fast":
         from .packed import trace_text_packed

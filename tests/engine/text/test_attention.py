@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fasttrace.engine.text.attention import suffix_attention
-from fasttrace.engine.text.decoder import Decoder, Heads
 from fasttrace.engine.text.plan import Suffixes
+from fasttrace.models.text.description import Heads
 
 FIRST = [0, 0, 5, 16, 16, 16, 33, 44, 44]
 LENGTH, HEADS, WIDTH = 45, 4, 6
@@ -60,8 +60,7 @@ def test_ways(way: str, bias: str, groups: int) -> None:
     if bias in ("masked", "blind"):
         allowed[:, [20, 40] if bias == "masked" else [0, 1, 2]] = False
     scores = drawn(HEADS, LENGTH, LENGTH) if bias == "added" else allowed[None]
-    module = torch.nn.Identity()
-    attend = suffix_attention(way, Decoder(module, [], bias != "added", scores, None, module), own[0])
+    attend = suffix_attention(way, scores, bias != "added", own[0])
     out = torch.full_like(own[0], float("nan"))
     attend(own, base, suffixes, 0.3, out)
     torch.testing.assert_close(out, expected(own, base, first, scores, 0.3), rtol=1e-12, atol=1e-12)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError, PatchError, SiteError
+from ...models.text.families import canonical_path, family_of, pooled_token, word_embedding
 from ...patch import Add, Patch, PatchSet, as_runs
-from ...sites import TEXT_PARTS, Site, canonical_path, head_sites, part_sites, unknown_site
+from ...sites import TEXT_PARTS, Site, head_sites, part_sites, unknown_site
 from ..values import given_value
-from .decoder import SUPPORTED, is_plainly_causal, is_supported, word_embedding
 
 OUTPUTS = ("last", "penultimate", "pooled")
 BASES = ("corrupted", "clean")
@@ -145,13 +145,22 @@ def text_request(
 
 
 def _checked_encoder(encoder: Any, dtype: torch.dtype | None) -> Any:
-    if not is_supported(encoder):
-        raise ModelError(f"{type(encoder).__name__} is not supported: expected {SUPPORTED}")
-    if encoder.training and any(m.p > 0 for m in encoder.modules() if isinstance(m, nn.Dropout)):
-        raise ModelError(f"{type(encoder).__name__} is in training mode and has dropout: call .eval() first")
+    family_of(encoder)
+    for path, module in encoder.named_modules():
+        if module.training and _drops(module):
+            raise ModelError(
+                f"dropout is active in {type(encoder).__name__}"
+                f"{f': {path} is in training mode' if path else ''}: call .eval() first"
+            )
     if dtype is None or dtype == word_embedding(encoder).weight.dtype:
         return encoder
     return copy.deepcopy(encoder).to(dtype)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module in training mode drops numbers; attentions keep the rate as a number of their own."""
+    rates = [getattr(module, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def _checked_ids(name: str, ids: Tokens, embedding: Tensor) -> Tensor:
@@ -197,7 +206,7 @@ def _column(encoder: Any, ids: Tensor, mask: Tensor | None, output: str, positio
     if output == "pooled":
         if position is not None:
             raise PatchError(f'position={position}: the pooled output is read at the end of text; use output="last"')
-        return _pooled_column(encoder, ids)
+        return pooled_token(encoder, ids)
     if position is None:
         if output != "logits":
             return None
@@ -205,15 +214,6 @@ def _column(encoder: Any, ids: Tensor, mask: Tensor | None, output: str, positio
     if not 0 <= position < ids.shape[0]:
         raise PatchError(f"position={position}: expected 0 to {ids.shape[0] - 1}")
     return position
-
-
-def _pooled_column(encoder: Any, ids: Tensor) -> int:
-    """The token whose state CLIP pools: the first end of text, as transformers finds it."""
-    eos = getattr(getattr(encoder, "text_model", encoder), "eos_token_id", None)
-    if eos is None:
-        raise ModelError(f'{type(encoder).__name__} has no pooled output: use output="last" or "penultimate"')
-    # Configurations from before transformers 4.31 say 2, and mean the highest id of the vocabulary.
-    return int(ids.argmax() if eos == 2 else (ids == eos).int().argmax())
 
 
 def _checked_answers(model: Any, answers: Tokens | None) -> Tensor:
@@ -225,12 +225,17 @@ def _checked_answers(model: Any, answers: Tokens | None) -> Tensor:
 def _checked_attention(encoder: Any, attention: str | None) -> str | None:
     if attention is not None and attention not in ATTENTIONS:
         raise ModelError(f"attention={attention!r}: expected one of {', '.join(ATTENTIONS)}")
-    if attention == "ragged" and not is_plainly_causal(encoder):
+    if attention == "ragged" and not _is_plainly_causal(encoder):
         raise ModelError(
             f'attention="ragged" is causal and adds nothing to the scores, unlike that of {type(encoder).__name__}: '
             'use "grouped"'
         )
     return attention
+
+
+def _is_plainly_causal(encoder: Any) -> bool:
+    family = family_of(encoder)
+    return family.causal and family.relative is None
 
 
 def _checked_out(out: Tensor | None, column: int | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from ...models.unit import Dims
 from ...patch import Patch, PatchSet, as_runs
 from ...pipeline import Condition, check_traceable, default_time_ids, encode_negative, latent_shape, needs_added
 from ...sites import Site, find_sites
-from .trajectory import new_scheduler
+from ..schedule import new_scheduler
 
 PROTOCOLS = ("free", "teacher_forced")
 
