@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MANY = ". Repeat for several."
 
 
-def edit_command(
+def edit(
     concept: Annotated[
         list[str], typer.Argument(help='"old=new": what the old words are to be read as' + _MANY, show_default=False)
     ],
@@ -99,7 +99,7 @@ def edit_command(
     else:
         kept = emoji_captions() if packaged and mode == "corrected" else []
     pipe = load_pipeline(model, device=device)
-    edit = fit_edit(
+    fitted = fit_edit(
         pipe,
         concepts,
         template,
@@ -111,10 +111,10 @@ def edit_command(
         preserve=preserve or (),
         captions=kept,
     )
-    edit.save(out)
-    console.print(_describe(edit))
+    fitted.save(out)
+    console.print(_describe(fitted))
     if lora:
-        console.print(f"LoRA: {export_lora(edit, out)}")
+        console.print(f"LoRA: {export_lora(fitted, out)}")
     if not packaged and judge is None:
         console.print(
             f"Saved in {out}. To see what it does to pictures, name a CLIP: --judge openai/clip-vit-base-patch32"
@@ -124,7 +124,7 @@ def edit_command(
         cases, reader, scorer = _court(pipe, packaged, judge, old, new, prompts, list(preserve or ()), unrelated)
         judgement = judge_edit(
             pipe,
-            edit,
+            fitted,
             cases,
             reader,
             seeds=numbers(seeds, "--seeds"),

@@ -13,6 +13,14 @@ from ..errors import StudyError
 
 _MANY = ". Repeat for several."
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="emoji (packaged), a folder saved by diffusers, a hub id, or random:tiny-sd15 (random weights).",
+        show_default=False,
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -59,12 +67,7 @@ def _option(text: str, panel: str) -> Any:
 
 
 def read_request(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="emoji (packaged), a folder saved by diffusers, a hub id, or random:tiny-sd15.", show_default=False
-        ),
-    ],
+    model: Model,
     prompt: Annotated[list[str] | None, _option("A caption; needs --subject" + _MANY, "Prompts")] = None,
     subject: Annotated[list[str] | None, _option("The words of it to noise, one for each --prompt.", "Prompts")] = None,
     attribute: Annotated[str | None, _option("What the subject expresses: a label (object).", "Prompts")] = None,

@@ -32,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MetricError
+from ..pipeline import decode_latents
+from .scorers import clip_scores, find_scorer
 
 Needs: TypeAlias = Literal["images", "latents", "text", "outputs"]
 PictureMetric: TypeAlias = Callable[[Tensor, list[str]], Any]
@@ -209,8 +211,6 @@ def _against_clean(field: Needs, compare: Callable[[Tensor, Tensor, int], Tensor
 
 
 def _clip_score(pipe: Any, judge: str) -> Callable[[RunBatch], Tensor]:
-    from .scorers import clip_scores, find_scorer
-
     scorer = find_scorer(pipe, judge)
 
     def score(run: RunBatch) -> Tensor:
@@ -221,9 +221,6 @@ def _clip_score(pipe: Any, judge: str) -> Callable[[RunBatch], Tensor]:
 
 
 def _x0_clip_score(pipe: Any, judge: str) -> Callable[[RunBatch], Tensor]:
-    from ..pipeline import decode_latents
-    from .scorers import clip_scores, find_scorer
-
     scorer = find_scorer(pipe, judge)
 
     def score(run: RunBatch) -> Tensor:
