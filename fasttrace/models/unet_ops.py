@@ -206,6 +206,7 @@ def _project(site: str, linear: nn.Linear) -> Callable[[Forward, Tensor, Tensor]
 
 
 def _norm(norm: nn.GroupNorm, rows: Tensor, shift: Tensor | None) -> Tensor:
+    shift = None if shift is None else shift.expand(rows.shape[0], -1)
     y: Tensor = group_norm_silu(rows, norm.weight, norm.bias, norm.num_groups, norm.eps, True, shift)
     return y
 

@@ -107,7 +107,7 @@ class Op:
         writes: int | None = None,
     ) -> None:
         self.name = name
-        self.implementations = {"reference": reference, **implementations}
+        self.implementations: Mapping[str, Implementation] = {"reference": reference, **implementations}
         self.shape_class = shape_class
         self.safe = known(name, safe, self.implementations)
         self.writes = writes

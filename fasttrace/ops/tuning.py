@@ -20,15 +20,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import KernelError
-
-if TYPE_CHECKING:
-    from ._register import Op
 
 SECONDS = "FASTTRACE_TUNE_SECONDS"
 DEFAULT_SECONDS = 60.0
@@ -37,6 +34,15 @@ TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4, tor
 """RMS of the difference from the reference, as a share of the reference's RMS."""
 
 WARM_CALLS, TIMED_CALLS = 2, 9
+
+
+class Op(Protocol):
+    """What is asked of an op: `fasttrace.ops._register.Op`."""
+
+    name: str
+    safe: str
+    implementations: Mapping[str, Callable[..., Any]]
+    writes: int | None
 
 
 class Tuner:

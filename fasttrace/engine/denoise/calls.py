@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ...errors import KernelError
 from ...models.attention import has_hooks
 from ...models.unet import describe_unet, text_keys
+from ...models.unet_ops import describe_unet_on_ops
 from ...pipeline import Condition, timestep_condition
 from ..requests.denoise import UNetRequest
 from .compile import CompiledUNet
@@ -45,7 +48,8 @@ class UNetCalls:
         guidance = timestep_condition(request.pipe, request.guidance_scale)
         self._dtype = request.dtype or request.latents.dtype
         unet = shadow_of(request.pipe.unet, self._dtype)
-        description = describe_unet(unet)
+        on_ops = runs_on_ops(unet.device) and not request.compile
+        description = describe_unet_on_ops(unet) if on_ops else describe_unet(unet)
         self._batch = batch_size(request, cost_of(description, request.dims))
         texts = Texts.of(conditions, self._dtype)
         self._model = Model(
@@ -122,6 +126,18 @@ class UNetCalls:
 
     def _positions(self, name: str) -> int:
         return self._model.description.positions(name, self._request.dims)
+
+
+def runs_on_ops(device: torch.device) -> bool:
+    """Whether units run on ops: on a GPU, unless ``FASTTRACE_UNITS`` says ``ops`` or ``modules``.
+
+    Raises:
+        KernelError: it says something else.
+    """
+    wanted = os.environ.get("FASTTRACE_UNITS") or ("ops" if device.type == "cuda" else "modules")
+    if wanted not in ("ops", "modules"):
+        raise KernelError(f'FASTTRACE_UNITS={wanted!r}: expected "ops" or "modules"')
+    return wanted == "ops"
 
 
 def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:
