@@ -26,6 +26,7 @@ from .transformer import (
     both,
     final_modulation,
     finish,
+    heads_of,
     is_bare,
     merged,
     modulated,
@@ -164,7 +165,9 @@ def _single(path: str, block: Any, width: int, image: Count) -> Iterator[Unit]:
     yield Unit(
         ("normed",), ("mlp",), lambda _, x: block.act_mlp(block.proj_mlp(x)), (mlp,), modules, flops, shapes=shape
     )
-    point = SitePoint(f"{path}.attn", "joint_attn", "branch", wide, attn)
+    point = SitePoint(
+        f"{path}.attn", "joint_attn", "branch", wide, attn, heads=heads_of(attn, "branch", block.proj_out)
+    )
     flops = total(per_position(every, attn.to_q, attn.to_k, attn.to_v), attention_flops(every, width))
     yield Unit(("normed",), ("branch",), attend, (point,), (attn.to_q, attn.to_k, attn.to_v), flops, shapes=(wide,))
     sites = (

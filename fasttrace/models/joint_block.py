@@ -18,6 +18,7 @@ from .transformer import (
     Count,
     attention_flops,
     both,
+    heads_of,
     merged,
     modulated,
     modulation,
@@ -92,13 +93,19 @@ def _end_of_block(sites: tuple[SitePoint, ...], holds: bool) -> Unit:
 
 def _project(path: str, attn: Any, width: int, image: Count, goes_on: bool) -> Iterator[Unit]:
     to_out = attn.to_out
-    point = SitePoint(f"{path}.attn.image", "joint_attn", "branch", rows_of(image, width), attn, stream="image")
+    heads = heads_of(attn, "heads", to_out[0])
+    point = SitePoint(
+        f"{path}.attn.image", "joint_attn", "branch", rows_of(image, width), attn, stream="image", heads=heads
+    )
     if not goes_on:
         flops = per_position(image, to_out)
         yield Unit(("heads",), ("branch",), lambda _, x: to_out[1](to_out[0](x)), (point,), tuple(to_out), flops)
         return
     shape = rows_of(text_tokens, width)
-    text = SitePoint(f"{path}.attn.text", "joint_attn", "text_branch", shape, attn, stream="text", output=1)
+    heads = heads_of(attn, "text_heads", attn.to_add_out)
+    text = SitePoint(
+        f"{path}.attn.text", "joint_attn", "text_branch", shape, attn, stream="text", output=1, heads=heads
+    )
 
     def run(_: Forward, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         return to_out[1](to_out[0](x)), attn.to_add_out(c)
@@ -121,7 +128,9 @@ def _second(path: str, attn: Any, width: int, image: Count) -> Iterator[Unit]:
 
     flops = total(per_position(image, attn.to_q, attn.to_k, attn.to_v), attention_flops(image, width))
     yield Unit(("second",), ("heads",), run, (), (), flops)
-    point = SitePoint(f"{path}.attn2", "self_attn", "branch", rows_of(image, width), attn)
+    point = SitePoint(
+        f"{path}.attn2", "self_attn", "branch", rows_of(image, width), attn, heads=heads_of(attn, "heads", to_out[0])
+    )
     flops = per_position(image, to_out)
     yield Unit(("heads",), ("branch",), lambda _, x: to_out[1](to_out[0](x)), (point,), tuple(to_out), flops)
 

@@ -22,6 +22,7 @@ from .description import Description
 from .transformer import (
     Count,
     attention_flops,
+    heads_of,
     is_bare,
     merged,
     modulated,
@@ -140,7 +141,10 @@ def _block(path: str, block: Any, width: int, image: Count) -> Iterator[Unit]:
 
     flops = total(per_position(image, attn1.to_q, attn1.to_k, attn1.to_v), attention_flops(image, width))
     yield Unit(("image", "modulation"), ("heads",), heads, (), (block.norm1,), flops)
-    yield _project(SitePoint(f"{path}.attn1", "self_attn", "branch", rows, attn1), image)
+    yield _project(
+        SitePoint(f"{path}.attn1", "self_attn", "branch", rows, attn1, heads=heads_of(attn1, "heads", attn1.to_out[0])),
+        image,
+    )
     yield Unit(("image", "branch", "modulation"), ("image",), gated(2))
 
     def both_products(dims: Dims) -> float:
@@ -148,7 +152,12 @@ def _block(path: str, block: Any, width: int, image: Count) -> Iterator[Unit]:
 
     flops = total(per_position(image, attn2.to_q), both_products)
     yield Unit(("image",), ("heads",), crossing, (), (attn2.to_q,), flops)
-    yield _project(SitePoint(f"{path}.attn2", "cross_attn", "branch", rows, attn2), image)
+    yield _project(
+        SitePoint(
+            f"{path}.attn2", "cross_attn", "branch", rows, attn2, heads=heads_of(attn2, "heads", attn2.to_out[0])
+        ),
+        image,
+    )
     yield Unit(("image", "branch"), ("image",), lambda _, x, branch: branch + x)
 
     mlp, modules = SitePoint(f"{path}.ff", "mlp", "branch", rows, block.ff), (block.norm2, block.ff)

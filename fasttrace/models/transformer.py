@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import has_hooks, split_heads
-from .unit import Dims, Forward, Shape, SitePoint, Unit, weights_in
+from .unit import Dims, Forward, Heads, Shape, SitePoint, Unit, weights_in
 
 Count = Callable[[Dims], int]
 """Number of positions."""
@@ -128,6 +128,11 @@ def projected(x: Tensor, linear: nn.Module, norm: Any, heads: int) -> Tensor:
         return split
     normed: Tensor = norm(split)
     return normed
+
+
+def heads_of(attention: Any, value: str, projection: Any) -> Heads:
+    """Heads beside each other in a value, which is what the projection reads."""
+    return Heads(value, attention.heads, attention.to_q.weight.shape[0] // attention.heads, projection)
 
 
 def merged(heads: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fasttrace as ft
 from fasttrace.engine.denoise.cost import cost_of
+from fasttrace.models.heads import with_heads
 from fasttrace.models.registry import DESCRIBE, description_of
 from fasttrace.models.unit import Dims, weights_in
 from tests.models.transformer_cases import TOKENS, Call
@@ -101,6 +102,44 @@ def test_what_is_written_at_a_site_is_what_the_model_goes_on_with(name: str) -> 
         torch.testing.assert_close(
             found, expected, rtol=1e-10, atol=1e-10, msg=lambda text, path=path: f"{path}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_head_is_its_share_of_the_projections_input(name: str) -> None:
+    call = Call(transformer(name), 2, (8, 8))
+    plain = described(call.model)
+    names = [f"{path}.heads.1" for path, point in plain.sites.items() if point.heads is not None]
+    description = with_heads(plain, names)
+    assert len(names) == sum("attn" in point.kind for point in plain.sites.values())
+    assert list(plain.sites) == [path for path in description.sites if path not in names]
+    for path in names:
+        point = description.sites[path]
+
+        def double(module: Any, args: Any, point: Any = point) -> Any:
+            heads = args[0].clone()
+            heads[..., point.channels] *= 2
+            return (heads,)
+
+        def at_site(site: str, value: Tensor, path: str = path, point: Any = point) -> Tensor:
+            if site != path:
+                return value
+            assert (value.shape[1], 16) == point.shape(Dims(8, 8, TOKENS))
+            value = value.clone()
+            value[..., point.channels] *= 2
+            return value
+
+        handle = point.module.register_forward_pre_hook(double)
+        expected = call.by_model()
+        handle.remove()
+        found = call.by_units(description, at_site)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(found, call.by_units(description))
+
+
+def test_heads_that_are_not_there_are_no_sites() -> None:
+    description = described(transformer("tiny-sd3"))
+    names = ["transformer.transformer_blocks.0.attn.image.heads.2", "transformer.transformer_blocks.0.ff.heads.0", "x"]
+    assert list(with_heads(description, names).sites) == list(description.sites)
 
 
 @pytest.mark.parametrize("name", LISTED)
