@@ -3,23 +3,58 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import ModelError
 
 
-def new_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device) -> Any:
+@dataclass(frozen=True)
+class Flow:
+    """What a flow-matching schedule depends on beside the number of steps.
+
+    Attributes:
+        positions: of the image in the transformer; a dynamic shift grows with their number.
+        even: whether the pipeline gives sigmas itself, evenly from 1 to 1 / steps before any shift (FLUX); else they
+            are the scheduler's own (SD3).
+    """
+
+    positions: int
+    even: bool
+
+    def settings(self, scheduler: Any, num_inference_steps: int) -> dict[str, Any]:
+        """Arguments of ``set_timesteps``, as the pipelines give them."""
+        config, given = scheduler.config, dict[str, Any]()
+        if self.even and not config.get("use_flow_sigmas", False):
+            given["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        if config.get("use_dynamic_shifting", False):
+            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            slope = (high - low) / (many - few)
+            given["mu"] = self.positions * slope + (low - slope * few)
+        return given
+
+
+def new_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device, flow: Flow | None = None) -> Any:
     """A copy of the user's scheduler, set to a number of steps; the user's own stays as it is.
 
+    Args:
+        flow: of pipelines that sample by flow matching.
+
     Raises:
-        ModelError: a scheduler of another family, or one whose noise belongs to the whole batch.
+        ModelError: a scheduler of another family, one whose noise belongs to the whole batch, or one that cannot be set
+            as its pipeline would set it.
     """
     name = type(scheduler).__name__
-    if not hasattr(scheduler, "scale_model_input") or not hasattr(scheduler, "init_noise_sigma"):
+    scales = hasattr(scheduler, "scale_model_input") and hasattr(scheduler, "init_noise_sigma")
+    if not (scales or (flow is not None and name.startswith("FlowMatch"))):
         raise ModelError(
-            f"{name} is not a scheduler of Stable Diffusion's family: use DDIM, PNDM, Euler, DPM-Solver or LCM"
+            f"{name} is not a scheduler of this pipeline's family: use DDIM, PNDM, Euler, DPM-Solver or LCM with a "
+            "UNet or PixArt, FlowMatchEulerDiscreteScheduler with SD3 or FLUX"
         )
     if hasattr(scheduler, "noise_sampler"):
         raise ModelError(
@@ -27,5 +62,12 @@ def new_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device
             'DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++"'
         )
     own = copy.deepcopy(scheduler)
-    own.set_timesteps(num_inference_steps, device=device)
+    given = {} if flow is None else flow.settings(scheduler, num_inference_steps)
+    unknown = given.keys() - inspect.signature(own.set_timesteps).parameters.keys()
+    if unknown:
+        raise ModelError(
+            f"{name} cannot be given {' and '.join(sorted(unknown))}, as this pipeline does: use "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    own.set_timesteps(num_inference_steps, device=device, **given)
     return own

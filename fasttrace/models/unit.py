@@ -54,6 +54,23 @@ Shape: TypeAlias = Callable[[Dims], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Where an attention's heads stand beside each other, before its output projection.
+
+    Attributes:
+        value: that holds them, of the attention's own unit or of one before it.
+        count: of heads.
+        width: of each.
+        module: whose input they are, from its first channel on.
+    """
+
+    value: str
+    count: int
+    width: int
+    module: nn.Module = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class SitePoint:
     """A site as a unit declares it.
 
@@ -62,12 +79,13 @@ class SitePoint:
         kind: one of `fasttrace.sites.KINDS`.
         value: which of the unit's written values it is.
         shape: of one row of that value.
-        module: whose output the value is, as a forward hook sees it.
+        module: whose output the value is, as a forward hook sees it; ``[B, D]`` counts as one position.
         layer: text models: the layer's number; else ``None``: the place among the sites of its kind.
         stream: ``"image"`` or ``"text"`` where the module's output is a pair of both, else ``""``.
         output: which element of the module's output the value is.
         listed: whether discovery lists it; the others are found by name.
         channels: of a head, whose value is this share of the module's *input*.
+        heads: of an attention, whose heads are sites by name (`fasttrace.models.heads`).
     """
 
     path: str
@@ -80,6 +98,7 @@ class SitePoint:
     output: int = 0
     listed: bool = True
     channels: slice | None = None
+    heads: Heads | None = field(default=None, repr=False, compare=False)
 
 
 class InsideSite(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .architectures import ARCHITECTURES
-from .random_pipeline import random_pipeline
+from .random_pipeline import ARCHITECTURES, random_pipeline
 
 __all__ = ["ARCHITECTURES", "random_pipeline"]

@@ -1,31 +1,51 @@
-"""Configurations of the true architectures and of their tiny forms, as plain data."""
+"""Configurations of the true architectures with a UNet and of their tiny forms, as plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder and its tokenizer.
+
+    Attributes:
+        model: class in transformers, with a configuration and a vocabulary.
+        pad_token: of CLIP's tokenizer.
+    """
+
+    model: str
+    config: dict[str, Any]
+    vocabulary: int
+    pad_token: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """Everything that a random pipeline is built from; each field is a diffusers or transformers configuration."""
+    """Everything that a random pipeline is built from; models are classes of diffusers with their configurations.
+
+    Attributes:
+        denoiser: ``("unet" or "transformer", class)``.
+        latents: width of the latents where the pipeline does not read it from the denoiser's configuration.
+    """
 
     pipeline: str
-    unet: dict[str, Any]
-    text: tuple[dict[str, Any], ...]
+    denoiser: tuple[str, str]
+    denoiser_config: dict[str, Any]
+    text: tuple[TextEncoder, ...]
     vae: dict[str, Any]
     scheduler: str
     scheduler_config: dict[str, Any]
-    pad_tokens: tuple[str, ...]
-    vocabulary: int
+    latents: int | None = None
 
 
+_UNET = ("unet", "UNet2DConditionModel")
 _CROSS_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 _CROSS_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 _NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-_EOT = "<|endoftext|>"
 
-_VAE = {
+VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -33,7 +53,7 @@ _VAE = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-_TINY_VAE = {**_VAE, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64}
+TINY_VAE = {**VAE, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 64}
 
 _SD_UNET = {
     "in_channels": 4,
@@ -60,7 +80,7 @@ _SDXL_UNET = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _OPENCLIP_H = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -68,7 +88,7 @@ _OPENCLIP_H = {
     "num_attention_heads": 16,
     "hidden_act": "gelu",
 }
-_BIG_G = {
+CLIP_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -79,46 +99,53 @@ _BIG_G = {
 
 _SD_SCHEDULE = {**_NOISE, "steps_offset": 1, "set_alpha_to_one": False}
 
+CLIP_VOCABULARY, TINY_VOCABULARY = 49408, 1000
+
+
+def clip(config: dict[str, Any], projected: bool = False, pad_token: str = "<|endoftext|>") -> TextEncoder:
+    """A CLIP text encoder."""
+    return TextEncoder(
+        "CLIPTextModelWithProjection" if projected else "CLIPTextModel", config, CLIP_VOCABULARY, pad_token
+    )
+
+
 _TRUE = {
     "sd15": Architecture(
         pipeline="StableDiffusionPipeline",
-        unet={**_SD_UNET, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        text=(_CLIP_L,),
-        vae=_VAE,
+        denoiser=_UNET,
+        denoiser_config={**_SD_UNET, "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        text=(clip(CLIP_L),),
+        vae=VAE,
         scheduler="PNDMScheduler",
         scheduler_config={**_SD_SCHEDULE, "skip_prk_steps": True},
-        pad_tokens=(_EOT,),
-        vocabulary=49408,
     ),
     "sd21": Architecture(
         pipeline="StableDiffusionPipeline",
-        unet={
+        denoiser=_UNET,
+        denoiser_config={
             **_SD_UNET,
             "sample_size": 96,
             "cross_attention_dim": 1024,
             "attention_head_dim": (5, 10, 20, 20),
             "use_linear_projection": True,
         },
-        text=(_OPENCLIP_H,),
-        vae={**_VAE, "sample_size": 768},
+        text=(clip(_OPENCLIP_H, pad_token="!"),),
+        vae={**VAE, "sample_size": 768},
         scheduler="DDIMScheduler",
         scheduler_config={**_SD_SCHEDULE, "clip_sample": False, "prediction_type": "v_prediction"},
-        pad_tokens=("!",),
-        vocabulary=49408,
     ),
     "sdxl": Architecture(
         pipeline="StableDiffusionXLPipeline",
-        unet=_SDXL_UNET,
-        text=(_CLIP_L, _BIG_G),
-        vae={**_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+        denoiser=_UNET,
+        denoiser_config=_SDXL_UNET,
+        text=(clip(CLIP_L), clip(CLIP_G, projected=True, pad_token="!")),
+        vae={**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
         scheduler="EulerDiscreteScheduler",
         scheduler_config={**_NOISE, "steps_offset": 1, "timestep_spacing": "leading"},
-        pad_tokens=(_EOT, "!"),
-        vocabulary=49408,
     ),
 }
 
-_TINY_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+TINY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _TINY_UNET = {
     "sample_size": 8,
     "layers_per_block": 1,
@@ -131,23 +158,25 @@ _TINY_UNET = {
 }
 
 
-def _tiny(full: Architecture, unet: dict[str, Any], text: tuple[dict[str, Any], ...]) -> Architecture:
-    return Architecture(
-        pipeline=full.pipeline,
-        unet={**full.unet, **_TINY_UNET, **unet},
-        text=text,
-        vae={**_TINY_VAE, "scaling_factor": full.vae.get("scaling_factor", 0.18215)},
-        scheduler=full.scheduler,
-        scheduler_config=full.scheduler_config,
-        pad_tokens=full.pad_tokens,
-        vocabulary=1000,
+def _tiny(full: Architecture, unet: dict[str, Any], *text: dict[str, Any]) -> Architecture:
+    return replace(
+        full,
+        denoiser_config={**full.denoiser_config, **_TINY_UNET, **unet},
+        text=tiny_texts(full, *text),
+        vae={**TINY_VAE, "scaling_factor": full.vae.get("scaling_factor", 0.18215)},
     )
 
 
-ARCHITECTURES = {
+def tiny_texts(full: Architecture, *configs: dict[str, Any]) -> tuple[TextEncoder, ...]:
+    """The text encoders of an architecture in small."""
+    pairs = zip(full.text, configs, strict=True)
+    return tuple(replace(text, config=config, vocabulary=TINY_VOCABULARY) for text, config in pairs)
+
+
+UNETS = {
     **_TRUE,
-    "tiny-sd15": _tiny(_TRUE["sd15"], {}, (_TINY_TEXT,)),
-    "tiny-sd21": _tiny(_TRUE["sd21"], {"attention_head_dim": (2, 4)}, ({**_TINY_TEXT, "hidden_act": "gelu"},)),
+    "tiny-sd15": _tiny(_TRUE["sd15"], {}, TINY_CLIP),
+    "tiny-sd21": _tiny(_TRUE["sd21"], {"attention_head_dim": (2, 4)}, {**TINY_CLIP, "hidden_act": "gelu"}),
     "tiny-sdxl": _tiny(
         _TRUE["sdxl"],
         {
@@ -159,6 +188,7 @@ ARCHITECTURES = {
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 32 + 6 * 8,
         },
-        (_TINY_TEXT, {**_TINY_TEXT, "hidden_act": "gelu", "projection_dim": 32}),
+        TINY_CLIP,
+        {**TINY_CLIP, "hidden_act": "gelu", "projection_dim": 32},
     ),
 }

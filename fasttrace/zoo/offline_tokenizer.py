@@ -1,4 +1,8 @@
-"""A CLIP tokenizer that needs no download: byte-level BPE learnt on the spot from common prompt words."""
+"""Tokenizers that need no download, made on the spot from common prompt words: CLIP's kind, and T5's.
+
+CLIP's is byte-level byte-pair encoding that ignores case; T5's is SentencePiece's unigram model, which does not, and
+whose pieces carry the space before a word instead of the end after it.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,28 @@ def offline_tokenizer(vocabulary: int, max_length: int = 77, pad_token: str = EO
         config = {**special, "model_max_length": max_length, "do_lower_case": True}
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config))
         return CLIPTokenizer.from_pretrained(folder)
+
+
+def offline_sentencepiece(vocabulary: int, max_length: int = 512, words: str = COMMON_WORDS) -> Any:
+    """A ``T5Tokenizer`` with T5's rules (``▁`` before words, end of text and no start, padding 0) and its own pieces.
+
+    Args:
+        vocabulary: ids in all; those between the pieces and T5's last hundred stay unused.
+        max_length: the limit, with the end of text.
+        words: that stay whole, separated by spaces; others are split into halves of these and single characters.
+    """
+    from transformers import T5Tokenizer
+
+    whole = list(dict.fromkeys(words.split()))
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    # A word's score beats that of its parts, and an inner part's that of its characters.
+    inner = {word[cut:] for word in whole for cut in (len(word) // 2,) if len(word) >= 6}
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -8.0 for word in whole}}
+    scores |= {"▁": -9.0, **dict.fromkeys(sorted(inner), -10.0), **dict.fromkeys(characters, -11.0)}
+    pieces = list(scores.items())[: vocabulary - 100]
+    unused = [(f"<unused_{index}>", -100.0) for index in range(vocabulary - 100 - len(pieces))]
+    extra = [(f"<extra_id_{index}>", 0.0) for index in range(99, -1, -1)]
+    return T5Tokenizer([*pieces, *unused, *extra], model_max_length=max_length)
 
 
 def byte_alphabet() -> list[str]:

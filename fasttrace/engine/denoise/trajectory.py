@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedule import new_scheduler
+from ..schedule import Flow, new_scheduler
 
 
 class Trajectories:
@@ -24,10 +24,11 @@ class Trajectories:
     Args:
         scheduler: of the pipeline; copied.
         num_inference_steps: as for ``set_timesteps``.
-        latents: ``[C, h, w]``, unit normal, where every run starts.
+        latents: ``[C, h, w]``, or ``[P, C]`` where they are packed; unit normal, where every run starts.
         generator: CPU generator whose state every run's own generator starts from.
         rows: number of runs.
         eta: of DDIM; schedulers without it ignore it, as the pipelines do.
+        flow: of pipelines that sample by flow matching.
     """
 
     def __init__(
@@ -38,10 +39,13 @@ class Trajectories:
         generator: torch.Generator,
         rows: int,
         eta: float,
+        flow: Flow | None = None,
     ) -> None:
-        self._scheduler = new_scheduler(scheduler, num_inference_steps, latents.device)
+        self._scheduler = new_scheduler(scheduler, num_inference_steps, latents.device, flow)
         self.timesteps: Tensor = self._scheduler.timesteps
-        self.latents = (latents * self._scheduler.init_noise_sigma)[None].repeat(rows, 1, 1, 1)
+        # Flow matching starts from noise of unit variance, and its models read latents as they are.
+        started = latents * getattr(self._scheduler, "init_noise_sigma", 1.0)
+        self.latents = torch.stack([started] * rows)
         self._generators = [_clone(generator) for _ in range(rows)]
         takes = set(inspect.signature(self._scheduler.step).parameters)
         self._draws = "generator" in takes
@@ -51,15 +55,16 @@ class Trajectories:
         return self.latents.shape[0]
 
     def model_input(self, step: int) -> Tensor:
-        """Latents as the UNet reads them at a step, ``[rows, C, h, w]``.
+        """Latents as the denoiser reads them at a step, ``[rows, ...]``.
 
         Must be called once before each `advance`: some schedulers note here which step they are at.
         """
-        scaled: Tensor = self._scheduler.scale_model_input(self.latents, self.timesteps[step])
+        scale = getattr(self._scheduler, "scale_model_input", None)
+        scaled: Tensor = self.latents if scale is None else scale(self.latents, self.timesteps[step])
         return scaled
 
     def advance(self, step: int, model_output: Tensor) -> None:
-        """One step of the scheduler, from the guided model output ``[rows, C, h, w]``."""
+        """One step of the scheduler, from the guided model output ``[rows, ...]``."""
         extra: dict[str, Any] = dict(self._extra)
         if self._draws:
             # A list draws each row from its own generator, so that rows do not depend on their batch mates.

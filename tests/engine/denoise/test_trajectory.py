@@ -8,7 +8,9 @@ import diffusers
 import pytest
 import torch
 
+import fasttrace as ft
 from fasttrace.engine.denoise.trajectory import Trajectories
+from fasttrace.engine.schedule import Flow, new_scheduler
 from fasttrace.errors import ModelError
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -28,13 +30,24 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any], float]] = {
     "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}, 0.0),
     "lms": (diffusers.LMSDiscreteScheduler, {}, 0.0),
     "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}, 0.0),
+    "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, 0.0),
+    "flow-shifted": (diffusers.FlowMatchEulerDiscreteScheduler, {"use_dynamic_shifting": True}, 0.0),
+    "flow-stochastic": (diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, 0.0),
+    "flow-heun": (diffusers.FlowMatchHeunDiscreteScheduler, {"shift": 3.0}, 0.0),
+    "flow-dpm": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0},
+        0.0,
+    ),
 }
 
 
 def start(name: str, rows: int) -> Trajectories:
     kind, config, eta = SCHEDULERS[name]
     latents = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return Trajectories(kind(**NOISE, **config), 6, latents, torch.Generator().manual_seed(7), rows, eta)
+    flow = Flow(1024, even=False) if name.startswith("flow") else None
+    noise = {} if name.startswith("flow") else NOISE
+    return Trajectories(kind(**noise, **config), 6, latents, torch.Generator().manual_seed(7), rows, eta, flow)
 
 
 def output(scaled: torch.Tensor, kinds: list[int], step: int) -> torch.Tensor:
@@ -98,7 +111,35 @@ def test_a_scheduler_with_one_noise_for_the_batch_is_refused() -> None:
         Trajectories(scheduler, 6, torch.zeros(4, 3, 3), torch.Generator(), 1, 0.0)
 
 
-def test_a_flow_matching_scheduler_is_refused() -> None:
+def test_a_flow_matching_scheduler_is_refused_where_nothing_is_said_of_the_flow() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ModelError, match="FlowMatch"):
         Trajectories(scheduler, 6, torch.zeros(4, 3, 3), torch.Generator(), 1, 0.0)
+
+
+def test_a_scheduler_that_takes_no_sigmas_is_refused_where_the_pipeline_gives_them() -> None:
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ModelError, match="FlowMatchHeunDiscreteScheduler cannot be given sigmas"):
+        new_scheduler(scheduler, 6, torch.device("cpu"), Flow(16, even=True))
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
+@pytest.mark.parametrize("shifts", [False, True])
+def test_timesteps_are_those_of_the_pipeline(name: str, shifts: bool) -> None:
+    pipe = ft.zoo.random_pipeline(name)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifts)
+    flow = Flow(16, even=name == "tiny-flux")
+    own = new_scheduler(pipe.scheduler, 3, torch.device("cpu"), flow)
+    pipe("a red cube", num_inference_steps=3, output_type="latent")
+    assert torch.equal(own.timesteps, pipe.scheduler.timesteps)
+    assert torch.equal(own.sigmas, pipe.scheduler.sigmas)
+
+
+def test_packed_latents() -> None:
+    latents = torch.randn(9, 4, generator=torch.Generator().manual_seed(5))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    run = Trajectories(scheduler, 2, latents, torch.Generator(), 2, 0.0, Flow(9, even=True))
+    assert torch.equal(run.model_input(0), torch.stack([latents, latents]))
+    run.advance(0, torch.ones(2, 9, 4))
+    torch.testing.assert_close(run.latents[1], latents - 0.5)
+    assert run.select([0, 0, 1]).latents.shape == (3, 9, 4)
