@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import fasttrace as ft
 from fasttrace.engine.hooks import hooks
 from fasttrace.engine.text import packed as packed_text
-from fasttrace.engine.text.linear import linear_calls
+from fasttrace.engine.text.on_ops import linear_calls
 from fasttrace.engine.text.trace import text_request
 from fasttrace.engine.values import first
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine.text.linear import linear_calls
+from ..engine.text.on_ops import linear_calls
 from ..engine.text.trace import trace_text
 from ..errors import BackendError
 from ..models.text.families import word_embedding

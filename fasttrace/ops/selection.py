@@ -15,6 +15,8 @@ from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from ..errors import KernelError
 
 TABLE = Path(__file__).with_name("selection.csv")
@@ -81,3 +83,15 @@ def parse_override(text: str) -> tuple[str, dict[str, str]]:
         else:
             raise KernelError(f'{ENVIRONMENT}={text!r}: expected one name, or "op=name" parts joined by commas')
     return general, by_op
+
+
+def runs_on_ops(device: torch.device) -> bool:
+    """Whether engines run on ops: on a GPU, unless ``FASTTRACE_UNITS`` says ``ops`` or ``modules``.
+
+    Raises:
+        KernelError: it says something else.
+    """
+    wanted = os.environ.get("FASTTRACE_UNITS") or ("ops" if device.type == "cuda" else "modules")
+    if wanted not in ("ops", "modules"):
+        raise KernelError(f'FASTTRACE_UNITS={wanted!r}: expected "ops" or "modules"')
+    return wanted == "ops"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...errors import KernelError
 from ...models.attention import has_hooks
 from ...models.unet import describe_unet, text_keys
 from ...models.unet_ops import describe_unet_on_ops
+from ...ops.selection import runs_on_ops
 from ...pipeline import Condition, timestep_condition
 from ..requests.denoise import UNetRequest
 from .compile import CompiledUNet
@@ -126,18 +125,6 @@ class UNetCalls:
 
     def _positions(self, name: str) -> int:
         return self._model.description.positions(name, self._request.dims)
-
-
-def runs_on_ops(device: torch.device) -> bool:
-    """Whether units run on ops: on a GPU, unless ``FASTTRACE_UNITS`` says ``ops`` or ``modules``.
-
-    Raises:
-        KernelError: it says something else.
-    """
-    wanted = os.environ.get("FASTTRACE_UNITS") or ("ops" if device.type == "cuda" else "modules")
-    if wanted not in ("ops", "modules"):
-        raise KernelError(f'FASTTRACE_UNITS={wanted!r}: expected "ops" or "modules"')
-    return wanted == "ops"
 
 
 def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:

@@ -62,7 +62,7 @@ class Reordered(Modules):
         return self._apply(module, x).add_(residual)
 
     def feed_forward(self, mlp: FeedForward, x: Tensor, residual: Tensor) -> Tensor:
-        if mlp.parts is None or any(map(_has_hooks, mlp.module.modules())):
+        if mlp.parts is None or any(map(has_hooks, mlp.module.modules())):
             return super().feed_forward(mlp, x, residual)
         up, activation, down = mlp.parts
         fused = _FUSED.get(type(activation).__name__)
@@ -95,8 +95,8 @@ class Reordered(Modules):
         return self._kept[key]
 
 
-def linear_calls(like: Tensor, rows: int) -> Modules:
-    """How to call linear modules in a pass of ``rows`` rows a layer on tensors like ``like``."""
+def reordered_calls(like: Tensor, rows: int) -> Modules:
+    """How to call linear modules on a CPU in a pass of ``rows`` rows a layer on tensors like ``like``."""
     usable = like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16)
     available = torch._C._has_mkldnn and torch.backends.mkldnn.enabled
     if usable and available and rows >= WORTHWHILE_ROWS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -107,10 +107,11 @@ def linear_calls(like: Tensor, rows: int) -> Modules:
 def _is_plain(module: nn.Module) -> bool:
     # transformers' Conv1D is known by name, so that this file does not import transformers.
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    return plain and not _has_hooks(module)
+    return plain and not has_hooks(module)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's ``forward``."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 

@@ -17,7 +17,8 @@ from .attention import suffix_attention
 from .bypassed import check_bypassed
 from .compile import compile_plan
 from .entries import FlatPatches, differs_from, flatten, given_rows, split_entries
-from .linear import linear_calls, on_packed
+from .linear import on_packed
+from .on_ops import linear_calls
 from .plan import ATTN, HIDDEN, MLP, Attention, Chunk, HeadPatches, LayerPlan, Stage, TextPlan, TextShape
 
 # Packed tokens that pass through the model together. A CPU is quickest while they stay in its cache.
