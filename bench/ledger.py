@@ -16,6 +16,7 @@ Such a function makes the inputs, and leaves only a step's own work to the call.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 import fasttrace as ft
+from fasttrace.engine.denoise.execute import execute
+from fasttrace.engine.denoise.patching import CallSites
+from fasttrace.engine.denoise.plan import plan_calls
+from fasttrace.engine.denoise.runs import Row
+from fasttrace.models.unet import text_keys, time_states
+from fasttrace.models.unet_ops import describe_unet_on_ops
+from fasttrace.models.unit import Dims, Forward
+from fasttrace.ops._register import Op
+from fasttrace.patch import Patch
 
 from .record import RESULTS
 
@@ -132,6 +142,8 @@ class _Operators(TorchDispatchMode):
             return result
         traffic = float(sum(map(size_of, [*inputs, *outputs])))
         if name in CONVOLUTIONS:
+            if args[0].is_contiguous(memory_format=torch.channels_last):
+                result = result.contiguous(memory_format=torch.channels_last)  # as a GPU's kernels leave it
             self.seen.add("convolution", traffic, flops_of(func, args, given, result))
             if args[2] is not None:
                 self.seen.add("other", 2.0 * size_of(result), operators=0)
@@ -220,14 +232,67 @@ def by_diffusers(model: Model) -> Callable[[], object]:
     sample = torch.empty(ROWS, 4, config.sample_size, config.sample_size, **half)
     text = torch.empty(ROWS, TOKENS, config.cross_attention_dim, **half)
     time = torch.empty(ROWS, dtype=torch.long, device="meta")
-    added = None
-    if config.addition_embed_type is not None:
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(ROWS, width, **half), "time_ids": torch.empty(ROWS, 6, **half)}
+    added = added_conditions(config)
     return lambda: module(sample, time, text, added_cond_kwargs=added)
 
 
-PATHS: dict[str, tuple[Callable[[Model], Callable[[], object]], bool]] = {"diffusers": (by_diffusers, False)}
+def on_ops(model: Model) -> Callable[[], object] | None:
+    """The engine's forward on ops: a clean and a corrupted row, and fourteen that are restored at a site each."""
+    if model.text:
+        return None
+    unet = model.build().to(memory_format=torch.channels_last)
+    described, config, half = describe_unet_on_ops(unet), unet.config, {"device": "meta", "dtype": torch.float16}
+    dims = Dims(config.sample_size, config.sample_size, TOKENS)
+    clean, corrupted = (Row((0, run, 0), run, None, ()) for run in (0, 1))
+    sites = [name for name, site in described.sites.items() if site.listed]
+    restored = [
+        Row((0, 2 + number, 0), 1, None, ((Patch(sites[number * len(sites) // (ROWS - 2)]), clean.key),))
+        for number in range(ROWS - 2)
+    ]
+    device = torch.device("meta")
+    (plan,) = plan_calls(
+        [clean, corrupted, *restored], ROWS, described, lambda name: described.positions(name, dims), device
+    )
+    sample = torch.empty(ROWS, 4, dims.height, dims.width, **half).contiguous(memory_format=torch.channels_last)
+    embeds, timestep = torch.empty(2, TOKENS, config.cross_attention_dim, **half), torch.empty(1, device="meta")
+    shared = {"keys": text_keys(described, embeds), "embeds": embeds}
+    added = added_conditions(config)
+    called = CallSites(plan.sites, {}, False)
+
+    def forward() -> object:
+        time = time_states(unet, timestep, None, embeds, added)
+        constants = Forward(dims, shared, {"time": time, "text": plan.text}, ROWS, called.inside)
+        return execute(described, constants, {"sample": sample}, called.at_end, plan.joins, {})
+
+    forward()  # what is made once: joined weights
+    return forward
+
+
+def added_conditions(config: Any) -> dict[str, Tensor] | None:
+    """SDXL's pooled text and sizes, of every row."""
+    if config.addition_embed_type is None:
+        return None
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    half = {"device": "meta", "dtype": torch.float16}
+    return {"text_embeds": torch.empty(ROWS, width, **half), "time_ids": torch.empty(ROWS, 6, **half)}
+
+
+@contextlib.contextmanager
+def ops_kept_whole() -> Iterator[None]:
+    """Ops by their registered names, whose results on the meta device come of shapes alone."""
+    call = Op.__call__
+    Op.__call__ = lambda self, *args, **given: getattr(torch.ops.fasttrace, self.name)(*args, **given)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Op.__call__ = call  # type: ignore[method-assign]
+
+
+PATHS: dict[str, tuple[Callable[[Model], Callable[[], object] | None], bool]] = {
+    "diffusers": (by_diffusers, False),
+    "fused": (on_ops, False),
+    "epilogue": (on_ops, True),
+}
 """Paths by name: what makes a model's forward, and whether products have their epilogues as passes of their own."""
 
 
@@ -235,7 +300,10 @@ def rows(models: tuple[Model, ...] = MODELS) -> Iterator[dict[str, Any]]:
     """A row a model and path."""
     for model in models:
         for path, (make, epilogues) in PATHS.items():
-            yield {"model": model.name, "path": path, **count(make(model), ROWS, epilogues).row()}
+            with ops_kept_whole():
+                forward = make(model)
+                if forward is not None:
+                    yield {"model": model.name, "path": path, **count(forward, ROWS, epilogues).row()}
 
 
 def main() -> None:

@@ -47,7 +47,9 @@ class _OpsBuilder(UNetBuilder):
         self._joined: tuple[Tensor, Tensor] | None = None
 
     def begin(self, forward: Forward) -> None:
-        """Time embedding and first bias of every resnet, ``[1 or B, all their channels]``: one product."""
+        """The texts' numbers as kernels read them, and by one product what every resnet adds before its second norm:
+        the time embedding's share and the first convolution's bias, ``[1 or B, all their channels]``.
+        """
         if self._joined is None:
             weights = [linear.weight for linear, _ in self._shifts]
             biases = [
@@ -57,6 +59,7 @@ class _OpsBuilder(UNetBuilder):
             self._joined = torch.cat(weights), torch.cat(biases)
         time = forward.whole("time")
         forward.set_by_row("shifts", functional.linear(functional.silu(time), *self._joined))
+        forward.set_by_row("text32", forward.whole("text").int())
 
     def _resnet(self, path: str, module: Any) -> Iterator[Unit]:
         (plain,) = super()._resnet(path, module)
@@ -182,7 +185,7 @@ def _cross_heads(site: str, path: str, norm: nn.Module, attention: Any) -> Calla
 
     def run(forward: Forward, x: Tensor) -> Tensor:
         key, value = (table.transpose(1, 2) for table in forward.shared["keys"][path])
-        text = forward.of_rows("text").int().expand(len(x))
+        text = forward.of_rows("text32").expand(len(x))
         here = forward.inside(site)
         source = here.source(x) if here.by_op else None
         q = functional.linear(norm(x), query.weight, query.bias).view(*x.shape[:2], heads, -1)
