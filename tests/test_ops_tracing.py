@@ -1,6 +1,6 @@
 """Ops where tensors stand for others: nothing is computed to choose an implementation.
 
-Not beside the other tests of ops, which poison what allocates: what tracing imports would keep it poisoned.
+Not beside the other tests of ops, which poison what allocates: Inductor would keep what it imports.
 """
 
 from __future__ import annotations

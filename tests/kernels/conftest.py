@@ -24,6 +24,9 @@ REPORTS = "FASTTRACE_TEST_REPORTS"
 GUARD = 96
 CHILD_TIMEOUT_SECONDS = 900
 
+with torch.device("cpu"):  # torch remembers its constructors at their first use, and must not remember poisoned ones
+    torch.empty(0)
+
 child_reports = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
 child_output = pytest.StashKey[str]()
 
