@@ -24,6 +24,9 @@ REPORTS = "FASTTRACE_TEST_REPORTS"
 GUARD = 96
 CHILD_TIMEOUT_SECONDS = 900
 
+with torch.device("cpu"):  # torch remembers its constructors at their first use, and must not remember poisoned ones
+    torch.empty(0)
+
 child_reports = pytest.StashKey[dict[str, list[pytest.TestReport]]]()
 child_output = pytest.StashKey[str]()
 
@@ -45,6 +48,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in stash[child_reports].get(item.nodeid) or [_lost(item, stash[child_output])]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # of the test before, which expected this one to do it
     return True
 
 

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasttrace.errors import KernelError
 from fasttrace.ops import _register, tuning
@@ -140,20 +139,6 @@ def test_nothing_is_measured_in_a_capture_but_what_is_known_counts(path):
     assert card.choose(tuner, op) == "fast"
     card.busy = True
     assert card.choose(tuner, op) == "fast"
-
-
-def test_a_tensor_that_is_not_there_is_never_computed_with():
-    assert not tuning.is_occupied(X)
-    with FakeTensorMode():
-        assert tuning.is_occupied(torch.empty(3))
-    seen = []
-
-    def traced(x):
-        seen.append(tuning.is_occupied(x))
-        return x + 1
-
-    torch.compile(traced, backend="eager", fullgraph=True)(X)
-    assert seen[0] is True
 
 
 def test_results_that_an_op_writes_are_written_elsewhere(path):
