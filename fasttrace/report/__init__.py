@@ -7,6 +7,7 @@ file                      holds
 ``*.png``                 the figures, one set for each metric
 ``*.csv``                 the tables, in full: ``prompts``, and for each metric ``rank``, ``kinds``, ``normalized``
 ``effects.parquet``       the table of effects, and ``study.json`` the record beside it
+``report.json``           the names of all these: what the next report here replaces, and nothing else
 ========================  ============================================================================================
 """
 
@@ -22,11 +23,12 @@ import pandas as pd
 from .. import plot
 from ..errors import StudyError
 from ..findings.findings import Findings
+from ..findings.folder import read_json, write_json
 from ..findings.summary import summarize
 from . import page
 from .pictures import draw_pictures
 
-MARK = "index.html"
+PAGE, MANIFEST = "index.html", "report.json"
 
 
 def report(
@@ -36,7 +38,8 @@ def report(
 
     Args:
         effects: what to report, or the folder of a finished run, whose pictures are then shown too.
-        out: folder of the report; ``report`` within the run's folder if not given. An earlier report there is replaced.
+        out: folder of the report; ``report`` within the run's folder if not given. An earlier report there is replaced,
+            file by file: what it did not write stays.
         pictures: folder of pictures with their ``index.json``, for effects that are not in a run's folder.
 
     Returns:
@@ -53,17 +56,31 @@ def report(
     if out is None:
         raise StudyError("a report of effects in memory needs a folder: give out=")
     target = Path(out)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MARK).is_file())):
-        raise StudyError(f"{str(target)!r} holds something other than a report: choose another folder")
+    earlier = _earlier(target)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     draft.mkdir(parents=True)
     try:
         _write(effects, draft, None if pictures is None else Path(pictures))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(draft, target)
+        names = sorted(path.name for path in draft.iterdir())
+        write_json(draft / MANIFEST, names)
+        target.mkdir(exist_ok=True)
+        for name in [*names, MANIFEST]:
+            os.replace(draft / name, target / name)
+        for name in earlier - set(names):
+            (target / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return target / MARK
+    return target / PAGE
+
+
+def _earlier(target: Path) -> set[str]:
+    """Names of the files of an earlier report in a folder; none where there is nothing yet."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return set()
+    names = read_json(target / MANIFEST) if (target / MANIFEST).is_file() else None
+    if not isinstance(names, list) or any(not isinstance(name, str) or name != Path(name).name for name in names):
+        raise StudyError(f"{str(target)!r} holds something other than a report: choose another folder")
+    return set(names)
 
 
 def _write(effects: Findings, folder: Path, pictures: Path | None) -> None:
@@ -84,7 +101,7 @@ def _write(effects: Findings, folder: Path, pictures: Path | None) -> None:
     prompts.to_csv(folder / "prompts.csv", index=False)
     sections.append(page.table("Prompts and their baselines", prompts, "prompts.csv"))
     sections.append(page.record(effects.record))
-    (folder / MARK).write_text(page.document(effects, sections), encoding="utf-8")
+    (folder / PAGE).write_text(page.document(effects, sections), encoding="utf-8")
 
 
 def _parts(effects: Findings) -> Iterator[tuple[str, str, Findings]]:

@@ -85,9 +85,25 @@ def test_pictures_of_a_run_are_shown_with_their_scores(tmp_path):
 
 def test_an_earlier_report_is_replaced_and_anything_else_is_kept(tmp_path):
     page = report(unet_effects(1, 1), tmp_path / "out")
-    (page.parent / "stale.txt").write_text("x")
-    report(unet_effects(1, 1), tmp_path / "out")
-    assert not (tmp_path / "out" / "stale.txt").exists()
+    first = {path.name for path in page.parent.iterdir()}
+    (page.parent / "notes.txt").write_text("x")
+    renamed = unet_effects(1, 1)
+    renamed.table["metric"] = "another"
+    report(renamed, tmp_path / "out")
+    left = {path.name for path in page.parent.iterdir()}
+    assert "notes.txt" in left
+    assert "another-rank.csv" in left
+    assert not {name for name in first if name.startswith("clip_score")} & left
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("index.html", "photo.jpg"):
+        (site / name).write_text("mine")
+    with pytest.raises(StudyError, match="something other than a report"):
+        report(unet_effects(1, 1), site)
+    assert all(path.read_text() == "mine" for path in site.iterdir())
+    (page.parent / "report.json").write_text('["../photo.jpg"]')
+    with pytest.raises(StudyError, match="something other than a report"):
+        report(unet_effects(1, 1), tmp_path / "out")
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.tex").write_text("x")
