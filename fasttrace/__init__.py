@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .corruption import GaussianNoise, philox_normal
     from .edit import Edit, fit_edit, load_edit
     from .effects.effects import Effects
-    from .engine.denoise.trace import UNetTrace, trace_unet
+    from .engine.denoise.trace import DenoiserTrace, UNetTrace, trace_denoiser, trace_unet
     from .engine.text.trace import TextTrace, trace_logits, trace_text
     from .errors import FasttraceError
     from .patch import ZERO, Add, Noise, Patch
-    from .pipeline import load_pipeline
+    from .pipeline import Condition, load_pipeline
     from .prompts import Prompt
     from .sites import Site, discover_sites, find_site, select_sites
     from .study.run import run
@@ -36,13 +36,16 @@ _HOME = {
     "TextTrace": "engine.text.trace",
     "trace_text": "engine.text.trace",
     "trace_logits": "engine.text.trace",
+    "DenoiserTrace": "engine.denoise.trace",
     "UNetTrace": "engine.denoise.trace",
+    "trace_denoiser": "engine.denoise.trace",
     "trace_unet": "engine.denoise.trace",
     "FasttraceError": "errors",
     "ZERO": "patch",
     "Add": "patch",
     "Noise": "patch",
     "Patch": "patch",
+    "Condition": "pipeline",
     "load_pipeline": "pipeline",
     "Prompt": "prompts",
     "Site": "sites",
@@ -55,6 +58,8 @@ _HOME = {
 __all__ = [
     "ZERO",
     "Add",
+    "Condition",
+    "DenoiserTrace",
     "Edit",
     "Effects",
     "FasttraceError",
@@ -74,6 +79,7 @@ __all__ = [
     "philox_normal",
     "run",
     "select_sites",
+    "trace_denoiser",
     "trace_logits",
     "trace_text",
     "trace_unet",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .pipeline import Condition
 from .sites import TEXT_PARTS
 
 
@@ -34,6 +35,11 @@ class Encoded:
     pooled: Tensor | None
     mask: Tensor | None
     ids: dict[str, tuple[int, ...]]
+
+    @property
+    def condition(self) -> Condition:
+        """What traces take; without SDXL's time ids."""
+        return Condition(self.embeds, self.pooled, None, self.mask)
 
 
 def word_embeddings(encoder: Any) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,16 @@ def check_traceable(pipe: Any) -> None:
             f"the UNet takes {unet.config.in_channels} channels and the latents have {latent_channels}: inpainting and "
             "image-conditioned models are not supported; use a text-to-image UNet"
         )
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    refuse_offloaded(pipe)
+
+
+def refuse_offloaded(pipe: Any) -> None:
+    """Refuse a pipeline of which a denoiser or text encoder is moved in and out by accelerate.
+
+    Raises:
+        ModelError: which part it is, and how to bring it back.
+    """
+    for part in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
         module = getattr(pipe, part, None)
         if isinstance(module, nn.Module) and hasattr(module, "_hf_hook"):
             raise ModelError(
@@ -94,22 +103,71 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a UNet is conditioned on besides the time: text states, and SDXL's added conditions.
+    """What a denoiser is conditioned on besides the time, as the pipeline's ``encode_prompt`` makes it of one prompt.
 
     Attributes:
-        embeds: ``[T, D]``.
-        pooled: SDXL's pooled text embedding ``[P]``, else ``None``.
+        embeds: text states, ``[T, D]``.
+        pooled: pooled text embedding ``[P]`` of SDXL, SD3 and FLUX, else ``None``.
         time_ids: SDXL's six sizes ``[6]``, else ``None``.
+        mask: PixArt's ``[T]``, 1 where a token counts; ``None`` where all do.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
         time_ids = None if self.time_ids is None else self.time_ids.to(device, dtype)
-        return Condition(self.embeds.to(device, dtype), pooled, time_ids)
+        mask = None if self.mask is None else self.mask.to(device)
+        return Condition(self.embeds.to(device, dtype), pooled, time_ids, mask)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Several conditions, one a row.
+
+    Attributes:
+        embeds: ``[K, T, D]``.
+        pooled: ``[K, P]``, or ``None``.
+        time_ids: ``[K, 6]``, or ``None``.
+        mask: ``[K, T]``, or ``None``.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+    mask: Tensor | None = None
+
+    @staticmethod
+    def of(rows: Sequence[Condition]) -> Conditions:
+        """Rows that all have the same parts."""
+
+        def stacked(parts: list[Tensor | None]) -> Tensor | None:
+            there = [part for part in parts if part is not None]
+            return torch.stack(there) if there else None
+
+        return Conditions(
+            torch.stack([row.embeds for row in rows]),
+            stacked([row.pooled for row in rows]),
+            stacked([row.time_ids for row in rows]),
+            stacked([row.mask for row in rows]),
+        )
+
+    def __getitem__(self, rows: Tensor) -> Conditions:
+        """The conditions of some rows ``[B]``."""
+
+        def taken(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[rows]
+
+        return Conditions(self.embeds[rows], taken(self.pooled), taken(self.time_ids), taken(self.mask))
+
+    def added(self) -> dict[str, Tensor] | None:
+        """SDXL's added conditions, by the names that diffusers gives them."""
+        if self.pooled is None or self.time_ids is None:
+            return None
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
 
 
 def needs_added(pipe: Any) -> bool:

@@ -11,15 +11,18 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError, SiteError
+from .models.description import Description
+from .models.heads import with_heads
+from .models.registry import description_of
 from .models.text.description import Layer
 from .models.text.families import canonical_path, text_layers
 from .models.text.families import is_causal as is_causal
 from .models.text.units import layer_units
-from .models.unet import describe_unet
 
-KINDS = ("resnet", "self_attn", "cross_attn", "mlp", "hidden", "head")
+KINDS = ("resnet", "self_attn", "cross_attn", "joint_attn", "mlp", "hidden", "modulation", "head")
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-PARTS = (*TEXT_PARTS, "unet")
+DENOISER_PARTS = ("unet", "transformer")
+PARTS = (*TEXT_PARTS, *DENOISER_PARTS)
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,15 @@ class Site:
 
     Attributes:
         name: dotted path in the pipeline without ``text_model.``; the same in every version of transformers.
-        part: ``"text_encoder"``, ``"text_encoder_2"``, ``"unet"``, or ``"model"`` for a language model by itself.
-        kind: ``"resnet"``, ``"self_attn"``, ``"cross_attn"``, ``"mlp"``, ``"hidden"`` or ``"head"``.
-        layer: text encoders: the layer's number; UNet: the position among the sites of its kind, in execution order.
-        module: the module itself. The site's value is what a forward hook on it sees, first element if a tuple.
+        part: one of `PARTS`, or ``"model"`` for a language model by itself.
+        kind: one of `KINDS`.
+        layer: text encoders: the layer's number; denoisers: the position among the sites of its kind, in execution
+            order; a head's is its attention's.
+        module: the module itself. The site's value is what a forward hook on it sees, or an element of that.
         channels: of a head only, whose ``module`` is the attention's output projection: the head's share of that
             module's *input* is the site's value.
+        output: which element, where the module's output is a tuple.
+        stream: ``"image"`` or ``"text"`` where the module gives both, else ``""``.
     """
 
     name: str
@@ -42,16 +48,19 @@ class Site:
     layer: int
     module: nn.Module = field(repr=False, compare=False)
     channels: slice | None = field(default=None, repr=False, compare=False)
+    output: int = field(default=0, repr=False)
+    stream: str = field(default="", repr=False)
 
 
 def discover_sites(pipe: Any) -> list[Site]:
-    """All sites of a pipeline: text encoders first, then the UNet, each in the order in which the forward runs.
+    """All sites of a pipeline: text encoders first, then the denoiser, each in the order in which the forward runs.
 
     Text encoders give ``self_attn``, ``mlp`` and ``hidden`` for each layer; a UNet gives ``resnet``, ``self_attn``,
-    ``cross_attn`` and ``mlp`` (70 for SD1.x and SD2.x, 227 for SDXL). Whole transformer blocks and attention blocks of
-    the UNet and single heads of text encoders are not listed, but `find_site` takes them by name. A language model may
-    stand in for the pipeline: its sites are named by their paths in it (``model.layers.0.self_attn``,
-    ``transformer.h.0.attn``).
+    ``cross_attn`` and ``mlp`` (70 for SD1.x and SD2.x, 227 for SDXL); a transformer ``joint_attn``, ``self_attn``,
+    ``cross_attn`` and ``mlp``, a site for each stream (SD3-medium 94, SD3.5-medium 107, SD3.5-large 150, FLUX.1 152,
+    PixArt-sigma 84). Whole blocks of a denoiser, modulations and single heads are not listed, but `find_site` takes
+    them by name. A language model may stand in for the pipeline: its sites are named by their paths in it
+    (``model.layers.0.self_attn``, ``transformer.h.0.attn``).
 
     Raises:
         ModelError: nothing in the pipeline is of a class that is known.
@@ -59,7 +68,8 @@ def discover_sites(pipe: Any) -> list[Site]:
     sites = [site for part, module in _parts(pipe) for site in part_sites(module, part)]
     if not sites:
         raise ModelError(
-            f"no sites in {type(pipe).__name__}: expected a CLIP text encoder or a UNet2DConditionModel among {PARTS}"
+            f"no sites in {type(pipe).__name__}: expected a CLIP text encoder, a UNet2DConditionModel or a known "
+            f"transformer among {PARTS}"
         )
     return sites
 
@@ -72,9 +82,9 @@ def _parts(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def part_sites(module: nn.Module, part: str) -> list[Site]:
-    """The sites of one text encoder or UNet, in execution order."""
-    if part == "unet":
-        return list(_unet_sites(module))
+    """The sites of one text encoder or denoiser, in execution order."""
+    if part in DENOISER_PARTS:
+        return list(_denoiser_sites(module, listed=True))
     return [site for site in text_sites(text_layers(module), part) if site.kind != "head"]
 
 
@@ -87,8 +97,8 @@ def head_sites(encoder: nn.Module, part: str) -> list[Site]:
 
 
 def find_site(pipe: Any, name: str) -> Site:
-    """The site called ``name``: any of `discover_sites`, a head (`head_sites`), or a whole transformer or attention
-    block of the UNet, which has kind ``hidden``.
+    """The site called ``name``: any of `discover_sites`, a head (`head_sites`; ``<attention>.heads.3``), a modulation
+    (``<norm>.modulation``), or a whole block of the denoiser, which has kind ``hidden``.
 
     Raises:
         SiteError: no such site; the message has the nearest names.
@@ -101,9 +111,10 @@ def find_sites(pipe: Any, names: Iterable[str]) -> dict[str, Site]:
     wanted = list(dict.fromkeys(names))
     known = {site.name: site for site in discover_sites(pipe)}
     if not known.keys() >= set(wanted):
-        known |= {block.name: block for block in unet_blocks(pipe)}
-        texts = (head_sites(module, part) for part, module in _parts(pipe) if part != "unet")
-        known |= {head.name: head for heads in texts for head in heads}
+        for part, module in _parts(pipe):
+            denoises = part in DENOISER_PARTS
+            others = _denoiser_sites(module, False, wanted) if denoises else head_sites(module, part)
+            known |= {site.name: site for site in others}
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise SiteError(unknown_site(unknown[0], list(known)))
@@ -115,7 +126,8 @@ def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[S
 
     Args:
         sites: where to choose from.
-        patterns: ``"unet"``, ``"text"``, ``"all"``, a name, or a glob such as ``"unet.up_blocks.*.attn1"``; or several.
+        patterns: ``"text"``, ``"unet"``, ``"transformer"``, ``"denoiser"`` for either, ``"all"``, a name, or a glob
+            such as ``"unet.up_blocks.*.attn1"``; or several.
 
     Raises:
         SiteError: a pattern matches nothing.
@@ -130,8 +142,10 @@ def select_sites(sites: Sequence[Site], patterns: str | Iterable[str]) -> list[S
 
 
 def _matches(site: Site, pattern: str) -> bool:
-    if pattern in ("unet", "text", "all"):
-        return pattern == "all" or (site.part == "unet") == (pattern == "unet")
+    if pattern in DENOISER_PARTS:
+        return site.part == pattern
+    if pattern in ("text", "denoiser", "all"):
+        return pattern == "all" or (site.part in DENOISER_PARTS) == (pattern == "denoiser")
     return fnmatch.fnmatchcase(site.name, pattern)
 
 
@@ -151,19 +165,32 @@ def text_sites(layers: Iterable[Layer], part: str) -> Iterator[Site]:
                 yield Site(point.path, part, point.kind, layer.number, point.module, point.channels)
 
 
-def _unet_sites(unet: nn.Module) -> Iterator[Site]:
-    return (site for site in _described(unet) if site.kind != "hidden")
-
-
 def unet_blocks(pipe: Any) -> Iterator[Site]:
     """Whole transformer and attention blocks of the pipeline's UNet, which are sites by name only."""
     unet = getattr(pipe, "unet", None)
-    return (site for site in _described(unet) if site.kind == "hidden") if isinstance(unet, nn.Module) else iter(())
+    return _denoiser_sites(unet, listed=False) if isinstance(unet, nn.Module) else iter(())
 
 
-def _described(unet: nn.Module) -> Iterator[Site]:
-    """Every site of a UNet's description, numbered among those of its kind."""
+def _denoiser_sites(model: nn.Module, listed: bool, heads: Iterable[str] = ()) -> Iterator[Site]:
+    """Sites of a denoiser's description that discovery lists, or the others, some heads among them."""
+    description = description_of(model)
+    if description is None:
+        return
+    described = with_heads(description, heads)
+    layers = _layers(description)
+    for name, point in described.sites.items():
+        if point.listed == listed:
+            layer = layers[name.rpartition(".heads.")[0] if point.kind == "head" else name]
+            yield Site(
+                name, described.part, point.kind, layer, point.module, point.channels, point.output, point.stream
+            )
+
+
+def _layers(description: Description) -> dict[str, int]:
+    """Every site's number among those of its kind."""
     count = dict.fromkeys(KINDS, 0)
-    for name, point in describe_unet(unet).sites.items():
-        yield Site(name, "unet", point.kind, count[point.kind], point.module, point.channels)
+    layers = {}
+    for name, point in description.sites.items():
+        layers[name] = count[point.kind]
         count[point.kind] += 1
+    return layers

@@ -12,6 +12,7 @@ import torch
 import fasttrace as ft
 from fasttrace import sites
 from fasttrace.errors import ModelError, SiteError
+from tests.pipelines import tiny_pipeline
 
 UNET_COUNTS = {
     "sd15": {"resnet": 22, "self_attn": 16, "cross_attn": 16, "mlp": 16},
@@ -131,3 +132,55 @@ def test_several_sites_are_found_in_one_look(tiny_sd15: Any, monkeypatch: pytest
     assert len(looks) == 1
     with pytest.raises(SiteError, match=names[0]):
         sites.find_sites(tiny_sd15, [names[1], "unet.mid_block.resnet.0"])
+
+
+TRANSFORMER_COUNTS = {
+    "sd3": {"joint_attn": 47, "mlp": 47},
+    "sd35-medium": {"joint_attn": 47, "self_attn": 13, "mlp": 47},
+    "sd35-large": {"joint_attn": 75, "mlp": 75},
+    "flux": {"joint_attn": 76, "mlp": 76},
+    "pixart-sigma": {"self_attn": 28, "cross_attn": 28, "mlp": 28},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_COUNTS)
+def test_transformers_have_the_known_sites(name: str) -> None:
+    pipe = ft.zoo.random_pipeline(name, device="meta")
+    sites = ft.discover_sites(pipe)
+    mine = ft.select_sites(sites, "transformer")
+    assert Counter(site.kind for site in mine) == TRANSFORMER_COUNTS[name]
+    assert mine == ft.select_sites(sites, "denoiser")
+    assert {site.part for site in ft.select_sites(sites, "text")} == {site.part for site in sites} - {"transformer"}
+    for kind in TRANSFORMER_COUNTS[name]:
+        layers = [site.layer for site in mine if site.kind == kind]
+        assert layers == list(range(len(layers)))
+
+
+def test_streams_blocks_modulations_and_heads_of_transformers_by_name() -> None:
+    pipe = tiny_pipeline("tiny-flux")
+    block = pipe.transformer.transformer_blocks[1]
+    found = {
+        "transformer.transformer_blocks.1.attn.image": ("joint_attn", "image", 0, block.attn),
+        "transformer.transformer_blocks.1.attn.text": ("joint_attn", "text", 1, block.attn),
+        "transformer.transformer_blocks.1.image": ("hidden", "image", 1, block),
+        "transformer.transformer_blocks.1.text": ("hidden", "text", 0, block),
+        "transformer.transformer_blocks.1.norm1.modulation": ("modulation", "", 0, block.norm1.linear),
+        "transformer.transformer_blocks.1.attn.text.heads.1": ("head", "text", 0, block.attn.to_add_out),
+    }
+    listed = {site.name for site in ft.discover_sites(pipe)}
+    for name, (kind, stream, output, module) in found.items():
+        site = ft.find_site(pipe, name)
+        assert (site.name, site.kind, site.stream, site.output) == (name, kind, stream, output)
+        assert site.module is module
+        assert (name in listed) == (kind == "joint_attn")
+    head = ft.find_site(pipe, "transformer.transformer_blocks.1.attn.text.heads.1")
+    assert head.channels == slice(16, 32)
+    assert head.layer == ft.find_site(pipe, "transformer.transformer_blocks.1.attn.text").layer
+    with pytest.raises(SiteError, match=r"nearest: .*attn\.text"):
+        ft.find_site(pipe, "transformer.transformer_blocks.1.attn.text.heads.2")
+
+
+def test_a_transformer_of_an_unknown_class_has_no_sites() -> None:
+    encoder = tiny_pipeline("tiny-sd3").text_encoder
+    pipe = SimpleNamespace(text_encoder=encoder, transformer=torch.nn.Linear(2, 2))
+    assert {site.part for site in ft.discover_sites(pipe)} == {"text_encoder"}

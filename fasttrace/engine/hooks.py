@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..sites import Site
-from .values import first, with_first
+from .values import element, with_element
+
+
+class Hooked(Protocol):
+    """Where a value passes: `fasttrace.sites.Site` describes the attributes."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def output(self) -> int: ...
+
+    @property
+    def channels(self) -> slice | None: ...
 
 
 @contextlib.contextmanager
@@ -24,8 +39,11 @@ def hooks(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def value_hooks(pairs: Iterable[tuple[Site, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-    """Hooks through which values of sites pass, ``[B, ...]``; what one returns, if anything, takes their place."""
+def value_hooks(pairs: Iterable[tuple[Hooked, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
+    """Hooks through which values of sites pass, ``[B, ...]``; what one returns, if anything, takes their place.
+
+    A modulation ``[B, D]`` passes as one position, ``[B, 1, D]``.
+    """
     handles = [_value_hook(site, see) for site, see in pairs]
     try:
         yield
@@ -34,13 +52,16 @@ def value_hooks(pairs: Iterable[tuple[Site, Callable[[Tensor], Tensor | None]]])
             handle.remove()
 
 
-def _value_hook(site: Site, see: Callable[[Tensor], Tensor | None]) -> Any:
-    channels = site.channels
+def _value_hook(site: Hooked, see: Callable[[Tensor], Tensor | None]) -> Any:
+    channels, flat = site.channels, site.kind == "modulation"
     if channels is None:
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            value = see(first(output))
-            return None if value is None else with_first(output, value)
+            made = element(output, site.output)
+            value = see(made.unsqueeze(1) if flat else made)
+            if value is None:
+                return None
+            return with_element(output, site.output, value.squeeze(1) if flat else value)
 
         return site.module.register_forward_hook(after)
 

@@ -4,39 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from ..denoisers import Flow as Flow
 from ..errors import ModelError
-
-
-@dataclass(frozen=True)
-class Flow:
-    """What a flow-matching schedule depends on beside the number of steps.
-
-    Attributes:
-        positions: of the image in the transformer; a dynamic shift grows with their number.
-        even: whether the pipeline gives sigmas itself, evenly from 1 to 1 / steps before any shift (FLUX); else they
-            are the scheduler's own (SD3).
-    """
-
-    positions: int
-    even: bool
-
-    def settings(self, scheduler: Any, num_inference_steps: int) -> dict[str, Any]:
-        """Arguments of ``set_timesteps``, as the pipelines give them."""
-        config, given = scheduler.config, dict[str, Any]()
-        if self.even and not config.get("use_flow_sigmas", False):
-            given["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        if config.get("use_dynamic_shifting", False):
-            few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            slope = (high - low) / (many - few)
-            given["mu"] = self.positions * slope + (low - slope * few)
-        return given
 
 
 def new_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device, flow: Flow | None = None) -> Any:

@@ -12,21 +12,31 @@ from ..errors import PatchError
 from ..patch import ZERO, Add, Noise, Patch
 
 
-def first(output: Any) -> Tensor:
-    """The value of a site: a module's output, or its first element."""
-    value = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+def element(output: Any, index: int) -> Tensor:
+    """The value of a site: a module's output, or an element of it where that is a tuple."""
+    value = output[index] if isinstance(output, tuple | list) else getattr(output, "sample", output)
     assert isinstance(value, Tensor)
     return value
 
 
-def with_first(output: Any, value: Tensor) -> Any:
+def with_element(output: Any, index: int, value: Tensor) -> Any:
     """The same output with the site's value replaced."""
     if isinstance(output, tuple | list):
-        return type(output)([value, *output[1:]])
+        return type(output)([*output[:index], value, *output[index + 1 :]])
     if isinstance(output, Tensor):
         return value
     output.sample = value
     return output
+
+
+def first(output: Any) -> Tensor:
+    """A module's output, or its first element."""
+    return element(output, 0)
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """The same output with that replaced."""
+    return with_element(output, 0, value)
 
 
 def to_positions(value: Tensor) -> Tensor:

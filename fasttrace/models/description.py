@@ -58,7 +58,9 @@ class Description:
         for number, (within, after) in enumerate(zip(inside, ends, strict=True)):
             place |= dict.fromkeys((*within, *(name for name, _ in after)), number)
             brought |= dict.fromkeys(within, flow.live[number])
-            brought |= {name: flow.live_on[number] for name, _ in after}
+            # Beside what lives on, each site at this unit's end needs its value, even where nobody reads it.
+            values = frozenset((value, number) for _, value in after)
+            brought |= {name: flow.live_on[number] | values for name, _ in after}
         order = {name: number for number, name in enumerate(sites)}
         derived = {"flow": flow, "sites": sites, "order": order, "inside": inside, "ends": ends, "place": place,
                    "brought": brought}  # fmt: skip

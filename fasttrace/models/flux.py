@@ -27,6 +27,7 @@ from .transformer import (
     final_modulation,
     finish,
     heads_of,
+    held,
     is_bare,
     merged,
     modulated,
@@ -78,19 +79,18 @@ def rotary_tables(model: Any, tokens: int, image_ids: Tensor) -> tuple[Tensor, T
     return cosines, sines
 
 
-def time_states(model: Any, timestep: Tensor, pooled: Tensor, guidance: float | None) -> Tensor:
+def time_states(model: Any, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
     """Timestep ``[1 or B]``, guidance and pooled text ``[B, E]`` as blocks read them, ``[B, D]``.
 
     Args:
         timestep: as the scheduler counts, 1000 at the beginning.
-        guidance: for models that take the scale as an input, else ``None``.
+        guidance: the scale ``[1]`` for models that take it as an input, else ``None``.
     """
     # The pipeline divides by 1000 and the model multiplies: the rounding between is part of what the model sees.
     time = (timestep.expand(len(pooled)).to(pooled.dtype) / 1000) * 1000
     given = [time]
     if guidance is not None:
-        scale = torch.full([len(pooled)], guidance, dtype=torch.float32, device=pooled.device)
-        given.append(scale.to(pooled.dtype) * 1000)
+        given.append(guidance.expand(len(pooled)).to(pooled.dtype) * 1000)
     states: Tensor = model.time_text_embed(*given, pooled)
     return states
 
@@ -98,7 +98,8 @@ def time_states(model: Any, timestep: Tensor, pooled: Tensor, guidance: float | 
 def _units(model: Any) -> Iterator[Unit]:
     width, image = model.inner_dim, patches(1)
     embedder = model.x_embedder
-    yield Unit(("sample",), ("image",), lambda _, x: embedder(x), (), (embedder,), per_position(image, embedder))
+    flops, shapes = per_position(image, embedder), (rows_of(image, width),)
+    yield Unit(("sample",), ("image",), lambda _, x: embedder(x), (), (embedder,), flops, shapes=shapes)
     yield begin_temb()
     yield begin_text(width)
     for index, block in enumerate(model.transformer_blocks):
@@ -157,22 +158,26 @@ def _single(path: str, block: Any, width: int, image: Count) -> Iterator[Unit]:
         return joint[:, forward.dims.tokens :], joint[:, : forward.dims.tokens]
 
     yield modulation(f"{path}.norm", norm, "modulation")
-    wide = rows_of(every, width)
-    yield Unit(("image", "text", "modulation"), ("joint", "normed"), enter, (), (norm.norm,), shapes=(wide, wide))
+    wide, alive = rows_of(every, width), held(every, 3 * width)
+    streams = ("image", "text", "modulation")
+    yield Unit(streams, ("joint", "normed"), enter, (), (norm.norm,), alive=alive, shapes=(wide, wide))
     mlp = SitePoint(f"{path}.mlp", "mlp", "mlp", rows_of(every, inner), block.act_mlp)
     flops, modules = per_position(every, block.proj_mlp), (block.proj_mlp, block.act_mlp)
-    shape = (rows_of(every, inner),)
-    yield Unit(
-        ("normed",), ("mlp",), lambda _, x: block.act_mlp(block.proj_mlp(x)), (mlp,), modules, flops, shapes=shape
-    )
+    alive, shape = held(every, inner), (rows_of(every, inner),)
+    run = lambda _, x: block.act_mlp(block.proj_mlp(x))  # noqa: E731
+    yield Unit(("normed",), ("mlp",), run, (mlp,), modules, flops, alive, shape)
     point = SitePoint(
         f"{path}.attn", "joint_attn", "branch", wide, attn, heads=heads_of(attn, "branch", block.proj_out)
     )
     flops = total(per_position(every, attn.to_q, attn.to_k, attn.to_v), attention_flops(every, width))
-    yield Unit(("normed",), ("branch",), attend, (point,), (attn.to_q, attn.to_k, attn.to_v), flops, shapes=(wide,))
+    # What enters, queries, keys and values, and what turning one of them takes.
+    alive, products = held(every, 8 * width), (attn.to_q, attn.to_k, attn.to_v)
+    yield Unit(("normed",), ("branch",), attend, (point,), products, flops, alive, (wide,))
     sites = (
         SitePoint(f"{path}.text", "hidden", "text", rows_of(text_tokens, width), block, stream="text", listed=False),
         SitePoint(f"{path}.image", "hidden", "image", rows_of(image, width), block, None, "image", 1, False),
     )
     reads, flops = ("joint", "branch", "mlp", "modulation"), per_position(every, block.proj_out)
-    yield Unit(reads, ("image", "text"), leave, sites, (block.proj_out,), flops)
+    # What enters, the two beside each other, and what becomes of their projection.
+    alive, shapes = held(every, 2 * (width + inner) + 3 * width), (rows_of(image, width), rows_of(text_tokens, width))
+    yield Unit(reads, ("image", "text"), leave, sites, (block.proj_out,), flops, alive, shapes)

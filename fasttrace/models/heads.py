@@ -18,8 +18,10 @@ _HEAD = re.compile(r"(?P<attention>.+)\.heads\.(?P<number>\d+)")
 def with_heads(description: Description, names: Iterable[str]) -> Description:
     """The same units with some heads as sites, ``<attention>.heads.3``, values ``[P, d]``; other names are ignored."""
     units = list(description.units)
-    for name in dict.fromkeys(names):
-        attention, number = head_of(description, name)
+    found = {name: head_of(description, name) for name in names}
+    if all(attention is None for attention, _ in found.values()):
+        return description
+    for attention, number in found.values():
         if attention is None or attention.heads is None:
             continue
         place = description.place[f"{description.part}.{attention.path}"]

@@ -19,14 +19,17 @@ from .transformer import (
     attention_flops,
     both,
     heads_of,
+    held,
     merged,
     modulated,
     modulation,
     per_position,
     projected,
+    projection,
     rows_of,
     text_tokens,
     total,
+    widest_of,
 )
 from .unit import Forward, SitePoint, Unit
 
@@ -55,31 +58,45 @@ def joint_block(path: str, block: Any, width: int, image: Count, attend: Attend,
     writes = ("heads", "text_heads", *(("second",) if dual else ()))
     second = (rows_of(image, width),) if dual else ()
     shapes = (rows_of(image, width), rows_of(text_tokens, width), *second)
-    yield Unit(reads, writes, attend, (), (), flops, shapes=shapes)
+    # What enters after its norm; queries, keys and values; what comes out.
+    alive = held(both(image), 5 * width)
+    yield Unit(reads, writes, attend, (), (), flops, alive, shapes)
     yield from _project(path, attn, width, image, goes_on)
-    yield Unit(("image", "branch", "modulation"), ("image",), _add(2))
+    yield _added("image", "branch", 2, width, image)
     if dual:
         yield from _second(path, second_attn, width, image)
-        yield Unit(("image", "branch", "modulation"), ("image",), _add(8))
-    ff = SitePoint(f"{path}.ff", "mlp", "branch", rows_of(image, width), block.ff)
-    run = _feed_forward(block.norm2, block.ff)
-    yield Unit(("image", "modulation"), ("branch",), run, (ff,), (block.norm2, block.ff), per_position(image, block.ff))
+        yield _added("image", "branch", 8, width, image)
+    yield _mlp(f"{path}.ff", ("image", "modulation"), "branch", block.norm2, block.ff, width, image)
     whole = SitePoint(
         f"{path}.image", "hidden", "image", rows_of(image, width), block, stream="image", output=1, listed=False
     )
     if not goes_on:
-        yield Unit(("image", "branch", "modulation"), ("image",), _add(5), (whole,))
+        yield _added("image", "branch", 5, width, image, (whole,))
         return
-    yield Unit(("text", "text_branch", "text_modulation"), ("text",), _add(2))
-    ff = SitePoint(f"{path}.ff_context", "mlp", "text_branch", rows_of(text_tokens, width), block.ff_context)
-    run, modules = _feed_forward(block.norm2_context, block.ff_context), (block.norm2_context, block.ff_context)
-    flops = per_position(text_tokens, block.ff_context)
-    yield Unit(("text", "text_modulation"), ("text_branch",), run, (ff,), modules, flops)
+    yield _added("text", "text_branch", 2, width, text_tokens)
+    read, norm = ("text", "text_modulation"), block.norm2_context
+    yield _mlp(f"{path}.ff_context", read, "text_branch", norm, block.ff_context, width, text_tokens)
     text = SitePoint(f"{path}.text", "hidden", "text", rows_of(text_tokens, width), block, stream="text", listed=False)
-    yield _end_of_block((whole, text), holds)
+    yield _end_of_block((whole, text), holds, width, image)
 
 
-def _end_of_block(sites: tuple[SitePoint, ...], holds: bool) -> Unit:
+def _mlp(
+    path: str, reads: tuple[str, str], writes: str, norm: Any, feed_forward: Any, width: int, count: Count
+) -> Unit:
+    shape, run = rows_of(count, width), _feed_forward(norm, feed_forward)
+    point = SitePoint(path, "mlp", writes, shape, feed_forward)
+    flops, alive = per_position(count, feed_forward), held(count, widest_of(feed_forward))
+    return Unit(reads, (writes,), run, (point,), (norm, feed_forward), flops, alive, (shape,))
+
+
+def _added(stream: str, branch: str, gate: int, width: int, count: Count, sites: tuple[SitePoint, ...] = ()) -> Unit:
+    """A stream takes up a branch."""
+    modulation = "modulation" if stream == "image" else "text_modulation"
+    alive, shapes = held(count, 3 * width), (rows_of(count, width),)
+    return Unit((stream, branch, modulation), (stream,), _add(gate), sites, alive=alive, shapes=shapes)
+
+
+def _end_of_block(sites: tuple[SitePoint, ...], holds: bool, width: int, image: Count) -> Unit:
     """Both streams take up their MLPs' outputs."""
     add = _add(5)
     reads = ("image", "branch", "modulation", "text", "text_branch", "text_modulation")
@@ -88,7 +105,8 @@ def _end_of_block(sites: tuple[SitePoint, ...], holds: bool) -> Unit:
         text = add(forward, *values[3:])
         return add(forward, *values[:3]), in_range(text) if holds else text
 
-    return Unit(reads, ("image", "text"), run, sites)
+    shapes = rows_of(image, width), rows_of(text_tokens, width)
+    return Unit(reads, ("image", "text"), run, sites, alive=held(both(image), 3 * width), shapes=shapes)
 
 
 def _project(path: str, attn: Any, width: int, image: Count, goes_on: bool) -> Iterator[Unit]:
@@ -98,8 +116,7 @@ def _project(path: str, attn: Any, width: int, image: Count, goes_on: bool) -> I
         f"{path}.attn.image", "joint_attn", "branch", rows_of(image, width), attn, stream="image", heads=heads
     )
     if not goes_on:
-        flops = per_position(image, to_out)
-        yield Unit(("heads",), ("branch",), lambda _, x: to_out[1](to_out[0](x)), (point,), tuple(to_out), flops)
+        yield projection(point, to_out, width, image)
         return
     shape = rows_of(text_tokens, width)
     heads = heads_of(attn, "text_heads", attn.to_add_out)
@@ -112,9 +129,8 @@ def _project(path: str, attn: Any, width: int, image: Count, goes_on: bool) -> I
 
     flops = total(per_position(image, to_out), per_position(text_tokens, attn.to_add_out))
     writes, modules = ("branch", "text_branch"), (*to_out, attn.to_add_out)
-    yield Unit(
-        ("heads", "text_heads"), writes, run, (point, text), modules, flops, shapes=(rows_of(image, width), shape)
-    )
+    alive, shapes = held(both(image), width), (rows_of(image, width), shape)
+    yield Unit(("heads", "text_heads"), writes, run, (point, text), modules, flops, alive, shapes)
 
 
 def _second(path: str, attn: Any, width: int, image: Count) -> Iterator[Unit]:
@@ -127,12 +143,11 @@ def _second(path: str, attn: Any, width: int, image: Count) -> Iterator[Unit]:
         return merged(softmax_attention(query, key, projected(x, attn.to_v, None, heads)))
 
     flops = total(per_position(image, attn.to_q, attn.to_k, attn.to_v), attention_flops(image, width))
-    yield Unit(("second",), ("heads",), run, (), (), flops)
+    yield Unit(("second",), ("heads",), run, (), (), flops, held(image, 5 * width), (rows_of(image, width),))
     point = SitePoint(
         f"{path}.attn2", "self_attn", "branch", rows_of(image, width), attn, heads=heads_of(attn, "heads", to_out[0])
     )
-    flops = per_position(image, to_out)
-    yield Unit(("heads",), ("branch",), lambda _, x: to_out[1](to_out[0](x)), (point,), tuple(to_out), flops)
+    yield projection(point, to_out, width, image)
 
 
 def _feed_forward(norm: Any, feed_forward: Any) -> Callable[[Forward, Tensor, Tensor], Tensor]:

@@ -23,14 +23,17 @@ from .transformer import (
     Count,
     attention_flops,
     heads_of,
+    held,
     is_bare,
     merged,
     modulated,
     patches,
     per_position,
+    projection,
     rows_of,
     total,
     unpatched,
+    widest_of,
 )
 from .unit import Dims, Forward, SitePoint, Unit
 
@@ -85,7 +88,8 @@ def _units(model: Any) -> Iterator[Unit]:
     size, width, adaptive = model.config.patch_size, model.inner_dim, model.adaln_single
     image = patches(size)
     flops = per_position(image, model.pos_embed.proj)
-    yield Unit(("sample",), ("image",), lambda _, x: model.pos_embed(x), (), (model.pos_embed,), flops)
+    embed, shapes = model.pos_embed, (rows_of(image, width),)
+    yield Unit(("sample",), ("image",), lambda _, x: embed(x), (), (embed,), flops, shapes=shapes)
 
     def modulate(forward: Forward) -> Tensor:
         time = forward.of_rows("time").expand(forward.rows, -1)
@@ -140,33 +144,28 @@ def _block(path: str, block: Any, width: int, image: Count) -> Iterator[Unit]:
         return lambda _, x, branch, mod: parts(mod)[number] * branch + x
 
     flops = total(per_position(image, attn1.to_q, attn1.to_k, attn1.to_v), attention_flops(image, width))
-    yield Unit(("image", "modulation"), ("heads",), heads, (), (block.norm1,), flops)
-    yield _project(
-        SitePoint(f"{path}.attn1", "self_attn", "branch", rows, attn1, heads=heads_of(attn1, "heads", attn1.to_out[0])),
-        image,
-    )
-    yield Unit(("image", "branch", "modulation"), ("image",), gated(2))
+    # What enters after its norm; queries, keys and values; what comes out.
+    alive = held(image, 5 * width)
+    yield Unit(("image", "modulation"), ("heads",), heads, (), (block.norm1,), flops, alive, (rows,))
+    inside = heads_of(attn1, "heads", attn1.to_out[0])
+    point = SitePoint(f"{path}.attn1", "self_attn", "branch", rows, attn1, heads=inside)
+    yield projection(point, attn1.to_out, width, image)
+    adds = held(image, 3 * width)
+    yield Unit(("image", "branch", "modulation"), ("image",), gated(2), alive=adds, shapes=(rows,))
 
     def both_products(dims: Dims) -> float:
         return 4 * image(dims) * dims.tokens * width
 
     flops = total(per_position(image, attn2.to_q), both_products)
-    yield Unit(("image",), ("heads",), crossing, (), (attn2.to_q,), flops)
-    yield _project(
-        SitePoint(
-            f"{path}.attn2", "cross_attn", "branch", rows, attn2, heads=heads_of(attn2, "heads", attn2.to_out[0])
-        ),
-        image,
-    )
-    yield Unit(("image", "branch"), ("image",), lambda _, x, branch: branch + x)
+    alive = held(lambda dims: image(dims) + dims.tokens, 2 * width)  # queries and what comes out; keys and values
+    yield Unit(("image",), ("heads",), crossing, (), (attn2.to_q,), flops, alive, (rows,))
+    inside = heads_of(attn2, "heads", attn2.to_out[0])
+    point = SitePoint(f"{path}.attn2", "cross_attn", "branch", rows, attn2, heads=inside)
+    yield projection(point, attn2.to_out, width, image)
+    yield Unit(("image", "branch"), ("image",), lambda _, x, branch: branch + x, alive=adds, shapes=(rows,))
 
     mlp, modules = SitePoint(f"{path}.ff", "mlp", "branch", rows, block.ff), (block.norm2, block.ff)
-    yield Unit(("image", "modulation"), ("branch",), feed_forward, (mlp,), modules, per_position(image, block.ff))
+    flops, alive = per_position(image, block.ff), held(image, widest_of(block.ff))
+    yield Unit(("image", "modulation"), ("branch",), feed_forward, (mlp,), modules, flops, alive, (rows,))
     whole = SitePoint(path, "hidden", "image", rows, block, listed=False)
-    yield Unit(("image", "branch", "modulation"), ("image",), gated(5), (whole,))
-
-
-def _project(point: SitePoint, image: Count) -> Unit:
-    to_out: Any = point.module.to_out
-    run = lambda _, x: to_out[1](to_out[0](x))  # noqa: E731
-    return Unit(("heads",), ("branch",), run, (point,), tuple(to_out), per_position(image, to_out))
+    yield Unit(("image", "branch", "modulation"), ("image",), gated(5), (whole,), alive=adds, shapes=(rows,))

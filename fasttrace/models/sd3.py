@@ -25,6 +25,7 @@ from .transformer import (
     patches,
     per_position,
     projected,
+    rows_of,
     unpatched,
 )
 from .unit import Forward, Unit
@@ -65,7 +66,8 @@ def _units(model: Any) -> Iterator[Unit]:
     size, width = model.config.patch_size, model.inner_dim
     image = patches(size)
     flops = per_position(image, model.pos_embed.proj)
-    yield Unit(("sample",), ("image",), lambda _, x: model.pos_embed(x), (), (model.pos_embed,), flops)
+    embed, shapes = model.pos_embed, (rows_of(image, width),)
+    yield Unit(("sample",), ("image",), lambda _, x: embed(x), (), (embed,), flops, shapes=shapes)
     yield begin_temb()
     yield begin_text(width)
     for index, block in enumerate(model.transformer_blocks):

@@ -65,6 +65,17 @@ def total(*parts: Callable[[Dims], float]) -> Callable[[Dims], float]:
     return lambda dims: sum(part(dims) for part in parts)
 
 
+def held(count: Count, numbers: int) -> Count:
+    """So many numbers at every position, alive at once."""
+    return lambda dims: numbers * count(dims)
+
+
+def widest_of(feed_forward: Any) -> int:
+    """Numbers at a position within an MLP: what enters, and the hidden layer before and after its activation."""
+    first, last = feed_forward.net[0].proj.weight, feed_forward.net[2].weight
+    return int(first.shape[1] + first.shape[0] + last.shape[1])
+
+
 def modulation(path: str, norm: Any, value: str) -> Unit:
     """Shifts, scales and gates of an adaptive norm, all in one ``[B, 1, n D]``."""
     width = norm.linear.weight.shape[0]
@@ -133,6 +144,13 @@ def projected(x: Tensor, linear: nn.Module, norm: Any, heads: int) -> Tensor:
 def heads_of(attention: Any, value: str, projection: Any) -> Heads:
     """Heads beside each other in a value, which is what the projection reads."""
     return Heads(value, attention.heads, attention.to_q.weight.shape[0] // attention.heads, projection)
+
+
+def projection(point: SitePoint, to_out: Any, width: int, count: Count) -> Unit:
+    """An attention's output projection."""
+    modules, flops, alive = tuple(to_out), per_position(count, to_out), held(count, width)
+    shapes = (rows_of(count, width),)
+    return Unit(("heads",), ("branch",), lambda _, x: to_out[1](to_out[0](x)), (point,), modules, flops, alive, shapes)
 
 
 def merged(heads: Tensor) -> Tensor:

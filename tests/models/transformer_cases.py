@@ -74,7 +74,7 @@ class Call:
         elif self.kind == "FluxTransformer2DModel":
             shared["texts"] = flux.shared_texts(model, self.embeds)
             shared["rotary"] = flux.rotary_tables(model, TOKENS, self.ids)
-            time = flux.time_states(model, self.step, self.pooled, GUIDANCE)
+            time = flux.time_states(model, self.step, self.pooled, torch.tensor([GUIDANCE], device=self.device))
         else:
             texts = pixart.shared_texts(model, self.embeds)
             shared["keys"], shared["bias"] = text_keys(description, texts), pixart.padding_bias(self.mask, texts)

@@ -1,4 +1,4 @@
-"""Running rows: planned into UNet calls that fit in memory, one after another, on a shadow of the user's UNet."""
+"""Running rows: planned into calls that fit in memory, one after another, on a shadow of the user's denoiser."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ...models.attention import has_hooks
-from ...models.unet import describe_unet, text_keys
-from ...models.unet_ops import describe_unet_on_ops
+from ...models.heads import with_heads
 from ...ops.selection import runs_on_ops
-from ...pipeline import Condition, timestep_condition
-from ..requests.denoise import UNetRequest
-from .compile import CompiledUNet
+from ...pipeline import Condition, Conditions
+from ..requests.denoise import DenoiserRequest
+from .architectures import Conditioned, architecture_of
+from .compile import CompiledDenoiser
 from .cost import Cost, cost_of
 from .execute import Trail
-from .forward import CallInputs, Model, Texts, call_unet
+from .forward import CallInputs, Model, call_model, laid_out
 from .memory import BatchSize, is_out_of_memory
 from .packing import BUCKET
 from .patching import Cache
@@ -25,15 +25,15 @@ from .runs import Key, Row
 from .shadow import shadow_of
 
 
-class UNetCalls:
-    """The UNet of some requests, ready to run rows.
+class DenoiserCalls:
+    """The denoiser of some requests, ready to run rows.
 
     Attributes:
         joins: whether rows may join a call at their site.
         texts_of: for each request the row of each of its conditions in the table of all conditions.
     """
 
-    def __init__(self, requests: Sequence[UNetRequest], progress: Callable[[int], None] | None = None) -> None:
+    def __init__(self, requests: Sequence[DenoiserRequest], progress: Callable[[int], None] | None = None) -> None:
         request = self._request = requests[0]
         self._progress = progress or (lambda rows: None)
         conditions: list[Condition] = []
@@ -44,37 +44,35 @@ class UNetCalls:
                 named.append((None, one.negative))
             self.texts_of.append({name: len(conditions) + place for place, (name, _) in enumerate(named)})
             conditions += [condition for _, condition in named]
-        guidance = timestep_condition(request.pipe, request.guidance_scale)
+        denoiser = request.denoiser
+        guidance = denoiser.guidance(request.guidance_scale)
         self._dtype = request.dtype or request.latents.dtype
-        unet = shadow_of(request.pipe.unet, self._dtype)
-        on_ops = runs_on_ops(unet.device) and not request.compile
-        description = describe_unet_on_ops(unet) if on_ops else describe_unet(unet)
+        module = shadow_of(denoiser.model, self._dtype)
+        architecture = architecture_of(module)
+        used = {name for one in requests for name in one.sites}
+        on_ops = runs_on_ops(module.device) and not request.compile
+        description = with_heads(architecture.describe(module, on_ops), used)
         self._batch = batch_size(request, cost_of(description, request.dims))
-        texts = Texts.of(conditions, self._dtype)
-        self._model = Model(
-            unet,
-            description,
-            texts,
-            text_keys(description, texts.embeds) if description.runs else {},
-            None if guidance is None else guidance.to(self._dtype),
-            any(has_hooks(module) for module in unet.modules()),
-        )
-        self._compiled: CompiledUNet | None = None
+        texts = Conditions.of([one.to(module.device, self._dtype) for one in conditions])
+        scale = None if guidance is None else guidance.to(self._dtype)
+        given = Conditioned(denoiser, module, texts, scale, request.dims)
+        shared = architecture.shared(given, description) if description.runs else {}
+        self._model = Model(given, description, shared, any(has_hooks(one) for one in module.modules()))
+        self._compiled: CompiledDenoiser | None = None
         if request.compile and description.runs:
-            used = {name for one in requests for name in one.sites}
             asked = {name: site for name, site in description.sites.items() if site.listed or name in used}
             shapes = {name: site.shape(request.dims) for name, site in asked.items()}
             mode = request.compile if isinstance(request.compile, str) else None
-            self._compiled = CompiledUNet(self._model, shapes, mode)
+            self._compiled = CompiledDenoiser(self._model, shapes, mode)
         self.joins = description.runs
         self._planned: tuple[list[Row], int, list[CallPlan]] = ([], 0, [])
 
     def run(self, rows: list[Row], inputs: dict[Key, Tensor], timestep: Tensor) -> dict[Key, Tensor]:
-        """The UNet's output ``[C, h, w]`` of each row.
+        """What the scheduler is given of each row, before guidance, in the shape of its latents.
 
         Args:
             rows: a row that others copy from comes before them.
-            inputs: ``[C, h, w]`` that each row reads.
+            inputs: latents that each row reads.
             timestep: of all rows.
         """
         outputs: dict[Key, Tensor] = {}
@@ -100,14 +98,14 @@ class UNetCalls:
             samples = [inputs[row.key] for row in plan.rows[: plan.roots]]
             sample = torch.stack(samples) if samples else latents.new_empty(0, *latents.shape)
             call = CallInputs(
-                sample.to(self._dtype, memory_format=torch.channels_last),
+                laid_out(sample.to(self._dtype)),
                 timestep[None],
                 plan.text,
             )
             if self._compiled is not None and plan.lockstep:
                 output = self._compiled(call, plan)
             else:
-                output = call_unet(self._model, call, plan, cache, trail)
+                output = call_model(self._model, call, plan, cache, trail)
             for row, value in zip(plan.rows, output.to(latents.dtype), strict=True):
                 outputs.setdefault(row.key, value)
             for spent in plan.spent:
@@ -133,8 +131,9 @@ def call_rows(budget: int, compiled: bool) -> tuple[int, bool]:
     return budget // BUCKET * BUCKET if lockstep else budget, lockstep
 
 
-def batch_size(request: UNetRequest, cost: Cost | None = None) -> BatchSize:
+def batch_size(request: DenoiserRequest, cost: Cost | None = None) -> BatchSize:
     """The batch size for requests like this one, of which a row costs so much."""
-    cost = cost or cost_of(describe_unet(request.pipe.unet), request.dims)
-    size = (request.latents.shape[1], request.latents.shape[2])
-    return BatchSize(request.pipe.unet, cost, size, request.dtype or request.latents.dtype, request.max_batch)
+    model, dims = request.denoiser.model, request.dims
+    cost = cost or cost_of(request.description, dims)
+    size = (dims.height, dims.width, dims.tokens)
+    return BatchSize(model, cost, size, request.dtype or request.latents.dtype, request.max_batch)

@@ -9,35 +9,38 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models.unet import describe_unet
+from ...models.heads import with_heads
+from ...models.registry import description_of
+from ...models.unit import Dims, Forward
 from ...ops.restore import KEEP, restore
 from ..values import from_positions, to_positions
+from .architectures import Shared
 from .execute import Joins, execute
-from .forward import CallInputs, Model, Texts, time_of, unet_forward
+from .forward import CallInputs, Model, laid_out, time_of
 from .packed_products import forget, with_packed_products
 from .packing import BUCKET
 from .patching import given_table
 from .plan import CallPlan
 
 _GRAPHS = 64
-"""Most graphs of one UNet; beyond them torch would quietly run eagerly."""
+"""Most graphs of one model; beyond them torch would quietly run eagerly."""
 
 Graph = Callable[..., Tensor]
 Maps = dict[str, list[Tensor]]
 Banks = dict[str, Tensor]
 
-_graphs: weakref.WeakKeyDictionary[Any, dict[str | None, Graph]] = weakref.WeakKeyDictionary()
+_graphs: weakref.WeakKeyDictionary[Any, dict[tuple[str | None, tuple[str, ...]], Graph]] = weakref.WeakKeyDictionary()
 
 
-class CompiledUNet:
-    """The compiled graphs of a UNet.
+class CompiledDenoiser:
+    """The compiled graphs of a denoiser.
 
     Args:
         model: with units. Its shadow outlives the requests, and so do the graphs.
@@ -47,16 +50,17 @@ class CompiledUNet:
 
     def __init__(self, model: Model, shapes: dict[str, tuple[int, ...]], mode: str | None) -> None:
         self._model, self._shapes = model, shapes
-        forget(model.unet)
-        weakref.finalize(self, forget, model.unet)  # the graphs stay, a second set of weights does not
-        kept = _graphs.setdefault(model.unet, {})
-        if mode not in kept:
-            kept[mode] = torch.compile(_graph(model.unet), dynamic=False, mode=mode)
-        self._graph = kept[mode]
+        forget(model.given.module)
+        weakref.finalize(self, forget, model.given.module)  # the graphs stay, a second set of weights does not
+        kept = _graphs.setdefault(model.given.module, {})
+        heads = tuple(name for name in shapes if model.description.sites[name].kind == "head")
+        if (mode, heads) not in kept:
+            kept[mode, heads] = torch.compile(_graph(model.given.module, heads), dynamic=False, mode=mode)
+        self._graph = kept[mode, heads]
         self._dense: weakref.WeakKeyDictionary[CallPlan, tuple[Maps, Banks]] = weakref.WeakKeyDictionary()
 
     def __call__(self, inputs: CallInputs, plan: CallPlan) -> Tensor:
-        """The UNet's output ``[B, C, h, w]`` for a plan in lockstep."""
+        """What the scheduler is given of each row of a plan in lockstep, ``[B, ...]``."""
         rows = len(plan.rows)
         padded = -(-rows // BUCKET) * BUCKET
         if plan not in self._dense:
@@ -66,20 +70,20 @@ class CompiledUNet:
         inputs = CallInputs(inputs.sample[taken], inputs.timestep, inputs.text[taken])
         with cache_folder(), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
             output = self._graph(
-                inputs.sample.contiguous(memory_format=torch.channels_last),
+                laid_out(inputs.sample),
                 inputs.text,
                 time_of(self._model, inputs),
-                self._model.texts.embeds,
-                self._model.keys,
+                self._model.given.dims,
+                self._model.shared,
                 maps,
                 banks,
             )
         # A copy, since a captured graph writes its next output to the same memory.
-        return output[:rows].clone()
+        return self._model.given.denoiser.prediction(output[:rows]).clone()
 
     def _maps(self, plan: CallPlan, padded: int) -> Maps:
         """``[padded, P]`` source maps, as many at every site."""
-        device = self._model.texts.embeds.device
+        device = self._model.given.texts.embeds.device
         count = max((len(site.rounds) for site in plan.sites.values()), default=1)
         maps: Maps = {}
         for name, shape in self._shapes.items():
@@ -107,26 +111,30 @@ class CompiledUNet:
         return banks
 
 
-def _graph(unet: Any) -> Graph:
-    unet = with_packed_products(unet)
-    description = describe_unet(unet)
+def _graph(model: Any, heads: Sequence[str]) -> Graph:
+    plain = description_of(with_packed_products(model))
+    assert plain is not None, "only models that have a description are compiled"
+    description = with_heads(plain, heads)
 
     def graph(
         sample: Tensor,
         text: Tensor,
         time: Tensor,
-        embeds: Tensor,
-        keys: dict[str, tuple[Tensor, Tensor]],
+        dims: Dims,
+        shared: Shared,
         maps: Maps,
         banks: Banks,
     ) -> Tensor:
         def at_site(site: str, value: Tensor) -> Tensor:
+            channels = description.sites[site].channels
+            own = value if channels is None else value[..., channels]
             for codes in maps.get(site, ()):
-                value = from_positions(restore(to_positions(value), codes, banks.get(site)), value)
-            return value
+                own = from_positions(restore(to_positions(own), codes, banks.get(site)), own)
+            if channels is None:
+                return own
+            return torch.cat([value[..., : channels.start], own, value[..., channels.stop :]], dim=-1)
 
-        model = Model(unet, description, Texts(embeds, None, None), keys, None, False)
-        forward = unet_forward(model, sample, text, time)
+        forward = Forward(dims, shared, {"time": time, "text": text}, sample.shape[0])
         return execute(description, forward, {"sample": sample}, at_site, Joins(), {})[0]
 
     return graph

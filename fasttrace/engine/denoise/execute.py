@@ -92,7 +92,8 @@ def execute(
                 keep((name, place), tensor)
         for site, name in model.ends[place]:
             forward.rows += joins.entering.get(site, 0)
-            held[name, place] = at_site(site, of_all_rows((name, place)))
+            if forward.rows:  # else they enter at another of this unit's sites
+                held[name, place] = at_site(site, of_all_rows((name, place)))
         for value in flow.last[place]:
             held.pop(value, None)
     return tuple(of_all_rows(value) for value in flow.outputs)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.description import Description
-from ...models.unet import time_states
-from ...models.unit import Dims, Forward
-from ...pipeline import Condition
-from ..hooks import hooks
-from ..values import first, with_first
+from ...models.unit import Forward
+from ..hooks import Hooked, value_hooks
+from .architectures import Conditioned, Shared, architecture_of
 from .execute import Trail, execute
 from .patching import Cache, CallSites, patch_site
 from .plan import CallPlan
@@ -22,36 +19,11 @@ from .site_map import SitePlan
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Conditions of all runs of a trace, one a row: ``embeds [K, T, D]``, ``pooled [K, E]``, ``time_ids [K, 6]``."""
-
-    embeds: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
-
-    @staticmethod
-    def of(conditions: Sequence[Condition], dtype: torch.dtype) -> Texts:
-        pooled = [condition.pooled for condition in conditions if condition.pooled is not None]
-        time_ids = [condition.time_ids for condition in conditions if condition.time_ids is not None]
-        return Texts(
-            torch.stack([condition.embeds for condition in conditions]).to(dtype),
-            torch.stack(pooled).to(dtype) if pooled else None,
-            torch.stack(time_ids).to(dtype) if time_ids else None,
-        )
-
-    def added(self, text: Tensor) -> dict[str, Tensor] | None:
-        """SDXL's added conditions of some rows."""
-        if self.pooled is None or self.time_ids is None:
-            return None
-        return {"text_embeds": self.pooled[text], "time_ids": self.time_ids[text]}
-
-
-@dataclass(frozen=True)
 class CallInputs:
-    """What a UNet reads in one call.
+    """What a denoiser reads in one call.
 
     Attributes:
-        sample: ``[R, C, h, w]``, of the rows that are there from the start.
+        sample: ``[R, ...]``, of the rows that are there from the start.
         timestep: ``[1]``, of all rows.
         text: ``[B]`` index into the conditions, of all rows.
     """
@@ -63,64 +35,56 @@ class CallInputs:
 
 @dataclass(frozen=True)
 class Model:
-    """A UNet made ready for some requests.
+    """A denoiser made ready for some requests.
 
     Attributes:
-        unet: the shadow.
+        given: its shadow, and what it is conditioned on.
         description: of the shadow.
-        texts: conditions of all requests.
-        keys: from `fasttrace.models.unet.text_keys`; empty where the units do not run.
-        guidance: ``[1, E]`` embedding of the guidance scale, for models that take it (LCM).
+        shared: constants of all rows; empty where the units do not run.
         observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
     """
 
-    unet: Any
+    given: Conditioned
     description: Description
-    texts: Texts
-    keys: dict[str, tuple[Tensor, Tensor]]
-    guidance: Tensor | None
+    shared: Shared
     observed: bool
 
 
-def call_unet(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, trail: Trail) -> Tensor:
-    """The UNet's output ``[B, C, h, w]`` for all rows of a plan."""
+def call_model(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache, trail: Trail) -> Tensor:
+    """What the scheduler is given of each row of a plan, before guidance, ``[B, ...]``."""
     if not model.description.runs:
         return _hooked(model, inputs, plan, cache)
 
-    sites = CallSites(plan.sites, cache, model.observed)
-    forward = unet_forward(model, inputs.sample, inputs.text, time_of(model, inputs), sites)
+    sites = CallSites(plan.sites, model.description.sites, cache, model.observed)
+    by_row = {"time": time_of(model, inputs), "text": inputs.text}
+    forward = Forward(model.given.dims, model.shared, by_row, inputs.sample.shape[0], sites.inside)
     (output,) = execute(model.description, forward, {"sample": inputs.sample}, sites.at_end, plan.joins, trail)
-    return output
+    return model.given.denoiser.prediction(output)
 
 
 def time_of(model: Model, inputs: CallInputs) -> Tensor:
-    """The time states of a call, ``[1 or B, E]``."""
-    texts = model.texts
-    return time_states(model.unet, inputs.timestep, model.guidance, texts.embeds, texts.added(inputs.text))
+    """The time states of a call, ``[1 or B, E]``.
+
+    Never part of a compiled graph, whose sines would differ from diffusers' in their last float32 bits.
+    """
+    return architecture_of(model.given.module).time(model.given, inputs.timestep, inputs.text)
 
 
-def unet_forward(model: Model, sample: Tensor, text: Tensor, time: Tensor, sites: CallSites | None = None) -> Forward:
-    """The constants of one call, of which ``sample`` holds the rows that are there from the start."""
-    dims = Dims(sample.shape[2], sample.shape[3], model.texts.embeds.shape[1])
-    shared = {"keys": model.keys, "embeds": model.texts.embeds}
-    return Forward(dims, shared, {"time": time, "text": text}, sample.shape[0], None if sites is None else sites.inside)
+def laid_out(sample: Tensor) -> Tensor:
+    """Latents in the memory format of the shadow's convolutions; packed ones as they are."""
+    return sample.contiguous(memory_format=torch.channels_last) if sample.ndim == 4 else sample.contiguous()
 
 
 def _hooked(model: Model, inputs: CallInputs, plan: CallPlan, cache: Cache) -> Tensor:
-    pairs: list[tuple[nn.Module, Callable[..., Any]]] = []
+    pairs: list[tuple[Hooked, Callable[[Tensor], Tensor]]] = []
     for name, site in plan.sites.items():
 
-        def overwrite(module: nn.Module, args: Any, output: Any, name: str = name, site: SitePlan = site) -> Any:
-            return with_first(output, patch_site(first(output).clone(), name, site, cache))
+        def overwrite(value: Tensor, name: str = name, site: SitePlan = site) -> Tensor:
+            return patch_site(value.clone(), name, site, cache)
 
-        pairs.append((model.description.sites[name].module, overwrite))
-    with hooks(pairs):
-        output: Tensor = model.unet(
-            inputs.sample,
-            inputs.timestep.expand(inputs.sample.shape[0]),
-            encoder_hidden_states=model.texts.embeds[inputs.text],
-            timestep_cond=model.guidance,
-            added_cond_kwargs=model.texts.added(inputs.text),
-            return_dict=False,
-        )[0]
-    return output
+        pairs.append((model.description.sites[name], overwrite))
+    given = model.given
+    with value_hooks(pairs):
+        return given.denoiser.call(
+            given.module, inputs.sample, inputs.timestep, given.texts[inputs.text], given.guidance, given.size
+        )

@@ -1,4 +1,4 @@
-"""Denoising runs in lockstep: all runs of all groups take a step together, in as few UNet calls as memory allows."""
+"""Denoising runs in lockstep: all runs of all groups take a step together, in as few calls as memory allows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..requests.denoise import UNetRequest
-from .calls import UNetCalls
+from ..requests.denoise import DenoiserRequest
+from .calls import DenoiserCalls
 from .runs import CORRUPTED, Group, Key, Row, distinct_runs, forced_rows, free_rows
 from .trajectory import Trajectories
 
@@ -16,14 +16,14 @@ Progress = Callable[[int], None]
 Output = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def trace_unet_lockstep(request: UNetRequest) -> Output:
+def trace_lockstep(request: DenoiserRequest) -> Output:
     """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.UNetTrace` describes them."""
     return trace_groups([request])[0]
 
 
-def trace_groups(requests: Sequence[UNetRequest], progress: Progress | None = None) -> list[Output]:
+def trace_groups(requests: Sequence[DenoiserRequest], progress: Progress | None = None) -> list[Output]:
     """One trace for each of some requests that share pipeline, steps, guidance and protocol."""
-    calls = UNetCalls(requests, progress)
+    calls = DenoiserCalls(requests, progress)
     groups = [distinct_runs(index, request, calls.texts_of[index]) for index, request in enumerate(requests)]
     outputs = _teacher_forced(groups, calls) if requests[0].protocol == "teacher_forced" else _free(groups, calls)
     traces = []
@@ -33,8 +33,8 @@ def trace_groups(requests: Sequence[UNetRequest], progress: Progress | None = No
     return traces
 
 
-def _free(groups: Sequence[Group], calls: UNetCalls) -> list[tuple[Tensor, Tensor | None]]:
-    """Final latents of every run of every group, ``[runs, C, h, w]`` each, beside no inputs in common."""
+def _free(groups: Sequence[Group], calls: DenoiserCalls) -> list[tuple[Tensor, Tensor | None]]:
+    """Final latents of every run of every group, ``[runs, ...]`` each, beside no inputs in common."""
     lanes = [Lane(group, [number for number, run in enumerate(group.runs) if run.base == number]) for group in groups]
     for step in range(groups[0].request.steps):
         rows: list[Row] = []
@@ -51,8 +51,8 @@ def _free(groups: Sequence[Group], calls: UNetCalls) -> list[tuple[Tensor, Tenso
     return [(lane.final(), None) for lane in lanes]
 
 
-def _teacher_forced(groups: Sequence[Group], calls: UNetCalls) -> list[tuple[Tensor, Tensor | None]]:
-    """Conditional outputs of every run of every group, ``[runs, S, C, h, w]`` each, and their inputs ``[S, C, h, w]``.
+def _teacher_forced(groups: Sequence[Group], calls: DenoiserCalls) -> list[tuple[Tensor, Tensor | None]]:
+    """Conditional outputs of every run of every group, ``[runs, S, ...]`` each, and their inputs ``[S, ...]``.
 
     Only the corrupted run takes the scheduler's steps. Its rows alone would be calls too small to be fast, so all
     others, which read the same latents, are in them.
@@ -85,7 +85,7 @@ def _advance(lanes: Sequence[Lane], step: int, outputs: dict[Key, Tensor], alias
 
 
 def _by_run(group: Group, outputs: dict[Key, Tensor]) -> Tensor:
-    """Conditional outputs ``[runs, C, h, w]``; zeros for a source that nothing reads."""
+    """Conditional outputs ``[runs, ...]``; zeros for a source that nothing reads."""
     branch = group.request.branches - 1
     zero = torch.zeros_like(outputs[group.index, CORRUPTED, branch])
     return torch.stack([outputs.get((group.index, run, branch), zero) for run in range(len(group.runs))])
@@ -110,6 +110,7 @@ class Lane:
             request.new_generator(),
             len(self._runs),
             request.eta,
+            request.flow,
         )
 
     def timestep(self, step: int) -> Tensor:
@@ -128,7 +129,7 @@ class Lane:
         self._runs = kept + begun
 
     def inputs(self, step: int) -> dict[int, Tensor]:
-        """What the UNet reads, ``[C, h, w]`` for each run."""
+        """What the denoiser reads, in each run."""
         return dict(zip(self._runs, self.trajectories.model_input(step), strict=True))
 
     def advance(self, step: int, outputs: dict[Key, Tensor]) -> None:
@@ -140,7 +141,7 @@ class Lane:
         ]
         output = branches[-1]
         if request.branches == 2:
-            output = branches[0] + request.guidance_scale * (branches[1] - branches[0])
+            output = branches[0] + request.cfg_scale * (branches[1] - branches[0])
         self.trajectories.advance(step, output)
 
     def final(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many rows one UNet call may have: from a model of its memory, halved when that was too much, and remembered."""
+"""How many rows one call may have: from a model of its memory, halved when that was too much, and remembered."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _remembered: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], int]] = weakre
 
 
 def row_bytes(cost: Cost, dtype: torch.dtype) -> int:
-    """Memory of one row of a UNet call at its widest point, beside weights and latents."""
+    """Memory of one row of a call at its widest point, beside weights and latents."""
     return cost.widest * dtype.itemsize
 
 
 class BatchSize:
-    """The batch size of one UNet at one resolution and dtype on one device.
+    """The batch size of one denoiser at one resolution and dtype on one device.
 
     Args:
-        unet: the user's; the size is remembered as long as it lives.
+        model: the user's; the size is remembered as long as it lives.
         cost: of one row.
-        size: of the latents.
-        dtype: that the UNet computes in.
+        size: of the latents, and the number of tokens.
+        dtype: that the denoiser computes in.
         most: the user's ``max_batch``, which is taken as it is.
     """
 
-    def __init__(self, unet: Any, cost: Cost, size: tuple[int, int], dtype: torch.dtype, most: int | None) -> None:
-        device = unet.device
-        self._kept = _remembered.setdefault(unet, {})
+    def __init__(self, model: Any, cost: Cost, size: tuple[int, ...], dtype: torch.dtype, most: int | None) -> None:
+        device = model.device
+        self._kept = _remembered.setdefault(model, {})
         self._key = (size, dtype, str(device), most)
         free = free_bytes(device)
         if self._key not in self._kept:

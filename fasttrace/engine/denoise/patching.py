@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...corruption import philox_normal
+from ...models.unit import SitePoint
 from ...ops.restore import keep_all
 from ...patch import Add, Noise, Patch
 from ..values import given_value, to_positions
@@ -25,24 +26,29 @@ class CallSites:
     """What happens at the sites of one call.
 
     Args:
-        sites: of the call's plan, by name.
+        plans: of the call, by name of the site.
+        points: every site as its unit declares it.
         cache: values of earlier calls.
         observed: whether a hook of the user's may hold a value, so that it must not be overwritten in place.
     """
 
-    def __init__(self, sites: Mapping[str, SitePlan], cache: Cache, observed: bool) -> None:
-        self._sites, self._cache, self._observed = sites, cache, observed
+    def __init__(
+        self, plans: Mapping[str, SitePlan], points: Mapping[str, SitePoint], cache: Cache, observed: bool
+    ) -> None:
+        self._plans, self._points, self._cache, self._observed = plans, points, cache, observed
 
     def at_end(self, site: str, value: Tensor) -> Tensor:
         """A value that a unit wrote, after everything that happens at its site."""
-        plan = self._sites.get(site)
+        plan = self._plans.get(site)
         if plan is None:
             return value
-        return patch_site(value.clone() if self._observed else value, site, plan, self._cache)
+        value = value.clone() if self._observed else value
+        patch_site(share(value, self._points[site]), site, plan, self._cache)
+        return value
 
     def inside(self, site: str) -> Inside:
         """The map of a site whose value is made inside an op."""
-        plan = self._sites.get(site)
+        plan = self._plans.get(site)
         return Inside(site, plan or _NOTHING, self._cache)
 
 
@@ -68,6 +74,11 @@ class Inside:
 
     def apply(self, value: Tensor) -> Tensor:
         return patch_site(value, self.site, self.plan, self.cache)
+
+
+def share(value: Tensor, point: SitePoint) -> Tensor:
+    """A head's channels of a value that holds them all; any other site's is the whole. A view."""
+    return value if point.channels is None else value[..., point.channels]
 
 
 def patch_site(value: Tensor, site: str, plan: SitePlan, cache: Cache) -> Tensor:

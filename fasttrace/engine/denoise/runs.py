@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from ...patch import Patch
-from ..requests.denoise import UNetRequest
+from ..requests.denoise import DenoiserRequest
 
 Key: TypeAlias = tuple[int, int, int]
 """Names a row's values within a step: group, run, branch (the last is the conditional one)."""
@@ -49,7 +49,7 @@ class Group:
     """
 
     index: int
-    request: UNetRequest
+    request: DenoiserRequest
     runs: list[Run]
     results: list[int]
     plain: dict[str, int]
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a UNet call.
+    """One row of a call.
 
     Attributes:
         key: what it computes.
@@ -78,7 +78,7 @@ class Row:
     patches: tuple[tuple[Patch, Key | None], ...]
 
 
-def distinct_runs(index: int, request: UNetRequest, texts: dict[str | None, int]) -> Group:
+def distinct_runs(index: int, request: DenoiserRequest, texts: dict[str | None, int]) -> Group:
     """Runs that are the same computation once: a run without an effective patch is its base itself."""
     effective = [tuple(patch for patch in run if not patch.is_empty) for run in request.runs]
     names = ["clean", "corrupted", *request.bases]

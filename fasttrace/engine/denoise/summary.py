@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from ...models.unet import describe_unet
-from ..requests.denoise import UNetRequest
+from ...models.heads import with_heads
+from ..requests.denoise import DenoiserRequest
 from .calls import batch_size, call_rows
 from .cost import cost_of
 from .memory import row_bytes
@@ -14,10 +14,10 @@ from .packing import joining_site, pack
 from .runs import distinct_runs, forced_rows, free_rows
 
 
-def count(requests: Sequence[UNetRequest]) -> tuple[int, float, int, float, int]:
+def count(requests: Sequence[DenoiserRequest]) -> tuple[int, float, int, float, int]:
     """Runs, forwards, rows, floating-point operations and peak bytes of requests that share their calls."""
     request = requests[0]
-    model = describe_unet(request.pipe.unet)
+    model = with_heads(request.description, {name for one in requests for name in one.sites})
     cost, order = cost_of(model, request.dims), model.order
     batch = batch_size(request, cost)
     groups = []

@@ -1,4 +1,4 @@
-"""Denoising runs by hooks on the user's own UNet: one run after another, each with a scheduler of its own."""
+"""Denoising runs by hooks on the user's own model: one run after another, each with a scheduler of its own."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from ...patch import Patch
-from ...pipeline import Condition, timestep_condition
+from ...pipeline import Condition, Conditions
 from ...sites import Site
 from ..hooks import uncompiled, value_hooks
 from ..values import apply_patch
 
 if TYPE_CHECKING:
-    from ..requests.denoise import UNetRequest
+    from ..requests.denoise import DenoiserRequest
 
 Values = dict[tuple[int, str], Tensor]
 """Values of one run by step and site, ``[branches, ...]``."""
 
 
-def trace_unet_oracle(request: UNetRequest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.UNetTrace` describes them."""
-    with uncompiled(request.pipe.unet):
+def trace_oracle(request: DenoiserRequest) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.DenoiserTrace` describes them."""
+    with uncompiled(request.denoiser.model):
         inputs = None
         if request.protocol == "teacher_forced":
             inputs = _denoise(request, _Run(request, request.conditions["corrupted"]))[1]
@@ -48,32 +48,20 @@ def trace_unet_oracle(request: UNetRequest) -> tuple[Tensor, Tensor, Tensor, Ten
 class _Run:
     """One run: its text, its patches and what they copy from. Without patches it keeps the values that others copy."""
 
-    request: UNetRequest
+    request: DenoiserRequest
     condition: Condition
     patches: tuple[Patch, ...] | None = None
     sources: dict[str, Values] = field(default_factory=dict)
     values: Values = field(default_factory=dict)
 
-    def unet(self, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        """One call on latents ``[1, C, h, w]``: the output ``[branches, C, h, w]``, unconditional first."""
+    def call(self, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        """One call on latents ``[1, ...]``: the output ``[branches, ...]``, unconditional first."""
         request, condition = self.request, self.condition
         rows = [condition] if request.negative is None else [request.negative, condition]
-        added = None
-        if condition.pooled is not None:
-            added = {
-                "text_embeds": torch.stack([row.pooled for row in rows if row.pooled is not None]),
-                "time_ids": torch.stack([row.time_ids for row in rows if row.time_ids is not None]),
-            }
+        denoiser, guidance = request.denoiser, request.denoiser.guidance(request.guidance_scale)
+        sample = torch.cat([latents] * len(rows))
         with value_hooks(self._keepers(step) if self.patches is None else self._overwriters(step)):
-            output: Tensor = request.pipe.unet(
-                latents.repeat(len(rows), 1, 1, 1),
-                timestep,
-                encoder_hidden_states=torch.stack([row.embeds for row in rows]),
-                timestep_cond=timestep_condition(request.pipe, request.guidance_scale),
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-        return output
+            return denoiser.call(denoiser.model, sample, timestep, Conditions.of(rows), guidance, request.size)
 
     def _keepers(self, step: int) -> list[tuple[Site, Callable[[Tensor], None]]]:
         def keeper(name: str) -> Callable[[Tensor], None]:
@@ -103,34 +91,36 @@ def _patched_rows(patch: Patch, branches: int) -> list[int]:
     return {"uncond": [0], "cond": [1], "both": [0, 1]}[patch.branch]
 
 
-def _result(request: UNetRequest, run: _Run, inputs: Tensor | None) -> Tensor:
-    """Final latents ``[C, h, w]``; or conditional outputs ``[S, C, h, w]`` where every step's input is given."""
+def _result(request: DenoiserRequest, run: _Run, inputs: Tensor | None) -> Tensor:
+    """Final latents; or conditional outputs ``[S, ...]`` where every step's input is given."""
     if inputs is None:
         return _denoise(request, run)[0]
     timesteps = _scheduler(request).timesteps
-    return torch.stack([run.unet(step, timesteps[step], read[None])[-1] for step, read in enumerate(inputs)])
+    return torch.stack([run.call(step, timesteps[step], read[None])[-1] for step, read in enumerate(inputs)])
 
 
-def _denoise(request: UNetRequest, run: _Run) -> tuple[Tensor, Tensor]:
-    """Final latents ``[C, h, w]``, and what the UNet read at each step ``[S, C, h, w]``; as diffusers' pipelines do."""
+def _denoise(request: DenoiserRequest, run: _Run) -> tuple[Tensor, Tensor]:
+    """Final latents, and what the model read at each step ``[S, ...]``; as diffusers' pipelines do."""
     scheduler = _scheduler(request)
     takes = inspect.signature(scheduler.step).parameters
     given: dict[str, Any] = {"eta": request.eta, "generator": request.new_generator()}
     options = {name: value for name, value in given.items() if name in takes}
-    latents = request.latents[None] * scheduler.init_noise_sigma
+    scale = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+    latents = request.latents[None] * getattr(scheduler, "init_noise_sigma", 1.0)
     inputs = []
     for step, timestep in enumerate(scheduler.timesteps):
-        inputs.append(scheduler.scale_model_input(latents, timestep))
-        output = run.unet(step, timestep, inputs[-1])
+        inputs.append(scale(latents, timestep))
+        output = run.call(step, timestep, inputs[-1])
         if request.branches == 2:
             unconditional, conditional = output.chunk(2)
-            output = unconditional + request.guidance_scale * (conditional - unconditional)
+            output = unconditional + request.cfg_scale * (conditional - unconditional)
         latents = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
     return latents[0], torch.cat(inputs)
 
 
-def _scheduler(request: UNetRequest) -> Any:
+def _scheduler(request: DenoiserRequest) -> Any:
     """A copy of the user's, set to the number of steps."""
     scheduler = copy.deepcopy(request.pipe.scheduler)
-    scheduler.set_timesteps(request.num_inference_steps, device=request.latents.device)
+    settings = {} if request.flow is None else request.flow.settings(scheduler, request.num_inference_steps)
+    scheduler.set_timesteps(request.num_inference_steps, device=request.latents.device, **settings)
     return scheduler

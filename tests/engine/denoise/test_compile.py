@@ -11,6 +11,7 @@ import torch
 import fasttrace as ft
 from fasttrace.engine.denoise import compile as unet_compile
 from fasttrace.engine.denoise import packed_products as unet_packed
+from tests.engine import denoiser_cases
 from tests.engine.unet_cases import both, difference, unet_sites
 
 
@@ -101,3 +102,16 @@ def test_every_architecture(tiny: Any, traced: list[Any], protocol: str) -> None
 def test_with_torchs_own_compiler() -> None:
     pipe = ft.zoo.random_pipeline("tiny-sd15", dtype=torch.float64)
     assert difference(*both(pipe, [ft.Patch(site) for site in unet_sites(pipe)[:2]], compile=True)) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-sd35", "tiny-flux", "tiny-pixart"])
+def test_transformers_heads_and_modulations(name: str, traced: list[Any]) -> None:
+    pipe = ft.zoo.random_pipeline(name, dtype=torch.float64)
+    names = denoiser_cases.site_names(pipe)
+    head = next(site for site in names if site.endswith(".heads.1"))
+    several = (ft.Patch(head, positions=[1]), ft.Patch(names[1], source=ft.Noise(0.5, 1)))
+    mixes: list[list[Any]] = [[*map(ft.Patch, names[:4]), several], [*map(ft.Patch, names[4:8]), ft.Patch(head)]]
+    for mix in mixes:
+        compiled = denoiser_cases.both(pipe, mix, compile=True, max_batch=16, num_inference_steps=2)
+        assert difference(*compiled) < 1e-8
+    assert len(traced) <= 2

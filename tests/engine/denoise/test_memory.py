@@ -12,9 +12,12 @@ import fasttrace as ft
 from fasttrace.engine.denoise import memory
 from fasttrace.engine.denoise.cost import cost_of
 from fasttrace.engine.denoise.memory import BatchSize, row_bytes
+from fasttrace.models import attention, flux, pixart
+from fasttrace.models.registry import description_of
 from fasttrace.models.unet import describe_unet
 from fasttrace.models.unit import Dims
 from fasttrace.profile.live import LiveBytes
+from tests.models.transformer_cases import TOKENS, Call
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -43,3 +46,17 @@ def test_a_call_fits_in_the_free_memory(monkeypatch: pytest.MonkeyPatch, tiny_sd
     size = BatchSize(ft.zoo.random_pipeline("tiny-sd15").unet, cost, (8, 8), torch.float32, None)
     assert 10 <= size.rows <= 20
     assert BatchSize(tiny_sd15.unet, cost, (8, 8), torch.float32, 31).rows == 31
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd35-medium", "flux", "pixart-sigma"])
+def test_the_model_of_memory_is_near_what_a_transformers_units_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention, flux, pixart):
+        monkeypatch.setattr(module, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    call = Call(ft.zoo.random_pipeline(name, device="meta").transformer, 4, (32, 32), "meta")
+    description = description_of(call.model)
+    assert description is not None
+    live = LiveBytes()
+    with live:
+        call.by_units(description)
+    expected = call.rows * row_bytes(cost_of(description, Dims(32, 32, TOKENS)), torch.float32)
+    assert 0.75 < expected / live.peak < 1.5

@@ -160,7 +160,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch: pytest.Mo
     patches = [ft.Patch(site) for site in unet_sites(pipe)]
     protocols = ("free", "teacher_forced")
     expected = [next(iter(trace_unet_many([request(pipe, patches, protocol=protocol)]))) for protocol in protocols]
-    call, sizes = unet_calls.call_unet, []
+    call, sizes = unet_calls.call_model, []
 
     def failing(model: Any, inputs: Any, plan: Any, *states: Any) -> Any:
         sizes.append(len(plan.rows))
@@ -168,7 +168,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return call(model, inputs, plan, *states)
 
-    monkeypatch.setattr(unet_calls, "call_unet", failing)
+    monkeypatch.setattr(unet_calls, "call_model", failing)
     for protocol, whole in zip(protocols, expected, strict=True):
         trace = next(iter(trace_unet_many([request(pipe, patches, protocol=protocol)])))
         torch.testing.assert_close(trace.restored, whole.restored, rtol=1e-8, atol=1e-8)
@@ -179,7 +179,7 @@ def test_out_of_memory_with_a_single_row_is_raised(monkeypatch: pytest.MonkeyPat
     def failing(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(unet_calls, "call_unet", failing)
+    monkeypatch.setattr(unet_calls, "call_model", failing)
     with pytest.raises(torch.OutOfMemoryError):
         next(iter(trace_unet_many([request(tiny_sd15, [], max_batch=2)])))
 
