@@ -13,7 +13,7 @@ from ..errors import StudyError
 from .table import KEYS, canonical_order
 
 # What two studies may differ in, and still add up to one; each line is one direction in which a table grows.
-_DIRECTIONS = (("prompts", "seeds"), ("sites",), ("positions",), ("steps",), ("metrics",))
+_DIRECTIONS = (("prompts", "seeds"), ("sites",), ("positions",), ("steps",), ("metrics", "callables"))
 # What a record says about how a study came about, without effect on its results.
 CIRCUMSTANCES = ("versions", "preset", "screening")
 
@@ -70,8 +70,17 @@ def join_records(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 def _union(first: Any, second: Any) -> Any:
     if first == second:
         return first
+    if isinstance(first, dict) or isinstance(second, dict):
+        return _joined_callables(first or {}, second or {})
     lists = [value if isinstance(value, list) else [value] for value in (first, second)]
     return lists[0] + [value for value in lists[1] if value not in lists[0]]
+
+
+def _joined_callables(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
+    for name in first.keys() & second.keys():
+        if first[name] != second[name]:
+            raise StudyError(f"cannot join: the metric {name!r} has other code in one study than in the other")
+    return {**first, **second}
 
 
 def _joined_steps(first: Any, second: Any) -> list[Any]:

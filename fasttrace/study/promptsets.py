@@ -5,12 +5,12 @@ One object a line:
 =================  ========  ===================================================================================
 field              needed    meaning
 =================  ========  ===================================================================================
-``id``             yes       name in tables, different for every line
-``attribute``      yes       what the subject expresses: ``object``, ``style``, ``color``, ``action``, ...
-``prompt``         yes       the caption
+``prompt``         yes       the caption; ``text`` says the same
 ``subject``        yes       the words that are corrupted, as they stand in the caption
+``id``             no        name in tables, different for every line; the caption if not given
+``attribute``      no        what the subject expresses: ``object`` (if not given), ``style``, ``color``, ``action``, ...
 ``span``           no        characters ``[start, stop]`` of the subject, where it stands there more than once
-``target_prompt``  no        a caption to interchange with or to edit towards
+``target_prompt``  no        a caption to interchange with or to edit towards; ``target`` says the same
 ``seeds``          no        seeds of the latents, where they differ from the study's
 =================  ========  ===================================================================================
 """
@@ -26,7 +26,8 @@ from typing import Any
 from ..errors import PromptError, StudyError
 from ..prompts import Prompt
 
-NEEDED = ("id", "attribute", "prompt", "subject")
+NEEDED = ("prompt", "subject")
+OTHER_NAMES = {"text": "prompt", "target": "target_prompt"}  # as `Prompt` calls them
 FIELDS = ("id", "attribute", "prompt", "subject", "span", "target_prompt", "seeds")
 
 
@@ -44,9 +45,10 @@ def load_prompts(source: str | Path) -> tuple[Prompt, ...]:
     """
     path = Path(source).expanduser()
     if isinstance(source, str) and source in prompt_sets():
-        return parse_prompts((_folder() / f"{source}.jsonl").read_text(encoding="utf-8").splitlines(), source)
+        return parse_prompts((_folder() / f"{source}.jsonl").read_text(encoding="utf-8").split("\n"), source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON string may hold the other characters that end a line there, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise StudyError(f"{path} is not UTF-8 text: expected JSONL, one object a line") from error
     except OSError as error:
@@ -111,6 +113,10 @@ def _parse_line(line: str, place: str) -> Prompt:
         raise StudyError(f"{place}: not JSON ({error.msg} at character {error.colno})") from error
     if not isinstance(entry, dict):
         raise StudyError(f"{place}: expected an object with {', '.join(NEEDED)}; found {type(entry).__name__}")
+    for other, field in OTHER_NAMES.items():
+        if other in entry and field in entry:
+            raise StudyError(f"{place}: fields {field!r} and {other!r} are two names of one thing: give one of them")
+    entry = {OTHER_NAMES.get(field, field): value for field, value in entry.items()}
     problem = next(_problems(entry), None)
     if problem is not None:
         raise StudyError(f"{place}: {problem}")
@@ -118,10 +124,10 @@ def _parse_line(line: str, place: str) -> Prompt:
         return Prompt(
             entry["prompt"],
             entry["subject"],
-            attribute=entry["attribute"],
+            attribute=entry.get("attribute") or Prompt.attribute,
             span=None if entry.get("span") is None else (entry["span"][0], entry["span"][1]),
             target=entry.get("target_prompt"),
-            id=entry["id"],
+            id=entry.get("id") or "",
             seeds=None if entry.get("seeds") is None else tuple(entry["seeds"]),
         )
     except PromptError as error:
@@ -135,9 +141,9 @@ def _problems(entry: dict[str, Any]) -> Iterator[str]:
     for field in NEEDED:
         if field not in entry:
             yield f"no field {field!r}; needed are {', '.join(NEEDED)}"
-    for field in (*NEEDED, "target_prompt"):
+    for field in (*NEEDED, "id", "attribute", "target_prompt"):
         value = entry.get(field)
-        if not (isinstance(value, str) and value.strip()) and not (value is None and field == "target_prompt"):
+        if not (isinstance(value, str) and value.strip()) and not (value is None and field not in NEEDED):
             yield f"field {field!r} is {value!r}: expected text"
     span, seeds = entry.get("span"), entry.get("seeds")
     if span is not None and not (isinstance(span, list) and len(span) == 2 and all(map(_is_index, span))):

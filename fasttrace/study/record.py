@@ -24,6 +24,7 @@ from ..errors import FasttraceError, MetricError, PatchError, PromptError, SiteE
 from ..findings.folder import RECORD, read_json
 from ..prompts import Prompt
 from ..sites import PARTS, Site
+from .carried import carried, name_of
 from .settings import Settings
 
 Made = TypeVar("Made")
@@ -37,7 +38,7 @@ _PLAIN = (
 NEEDED = (*_PLAIN, "format", "prompts", "seeds", "sites", "corruption", "sigma", "metrics", "model")
 PROMPT_FIELDS = ("id", "attribute", "text", "subject", "span", "target", "seeds")
 # What a record says beyond the study's own arguments.
-RESULTING = ("model", "versions", "computed")
+RESULTING = ("model", "carried", "callables", "versions", "computed")
 
 # Where an error comes from whose message does not begin with the name of a field.
 _FIELD_OF = {SiteError: "sites", MetricError: "metrics", PatchError: "corruption", PromptError: "prompts"}
@@ -47,7 +48,9 @@ def study_record(study: Settings) -> dict[str, Any]:
     """A study as JSON data.
 
     Besides the study's own arguments, with the noise scale resolved (``sigma``) and the scheduler with its whole
-    configuration: ``model`` (class, name, dtype, fingerprint of all weights) and ``versions``.
+    configuration: ``model`` (class, name, dtype, fingerprint of all weights), ``carried`` (all that the pipeline has
+    beside its weights and that decides its results), ``callables`` (metrics that are callables, by their code) and
+    ``versions``.
     """
     scheduler = study.traced_pipe.scheduler
     record = {
@@ -65,6 +68,12 @@ def study_record(study: Settings) -> dict[str, Any]:
         "scheduler": {"class": type(scheduler).__name__, "config": _config(scheduler)},
         "screening": study.screening,
         "model": model_record(study.pipe),
+        "carried": carried(study.pipe),
+        "callables": {
+            metric.name: name_of(given)
+            for metric, given in zip(study.resolved_metrics, study.metrics, strict=True)
+            if not isinstance(given, str)
+        },
         "versions": _versions(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(record))  # tuples become lists, as they will be when read

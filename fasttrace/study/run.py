@@ -16,6 +16,7 @@ from ..errors import StudyError
 from ..findings.folder import PARTIAL, RECORD, read_json
 from ..findings.joining import CIRCUMSTANCES
 from ..findings.table import canonical_order
+from .carried import unknown
 from .groups import Group
 from .job import Job, Options
 from .pictures import save_pictures
@@ -54,7 +55,8 @@ def run(
         overwrite: replace what ``out`` holds.
 
     Raises:
-        StudyError: ``out`` holds another study, or is a file.
+        StudyError: ``out`` holds another study, or is a file; or it holds results, and whether they are of this study
+            cannot be told, since the pipeline or a metric carries something whose state cannot be read.
         NumericsError: a run that is not finite.
     """
     plan, options = study.plan(), Options(engine, max_batch, dtype, compile)
@@ -65,6 +67,8 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"out={str(out)!r} is a file: expected a folder, or a name for a new one")
     settings = _settings(record)
+    if not overwrite:
+        _check_known(settings, folder)
     if not overwrite and (folder / RECORD).is_file():
         check_same(_settings(read_json(folder / RECORD)), settings, folder)
         if not (folder / PARTIAL).exists():
@@ -134,6 +138,16 @@ def _table(job: _Run, progress: bool) -> pd.DataFrame:
         if todo:
             tables += job.results(todo, bar)
     return canonical_order(pd.concat(tables, ignore_index=True))
+
+
+def _check_known(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse to take over results where something that decides them has no name to be known by."""
+    found = unknown(settings["carried"]) or unknown(settings["callables"])
+    if found and ((folder / RECORD).is_file() or (folder / PARTIAL).exists()):
+        raise StudyError(
+            f"{str(folder)!r} holds results, and whether they are this study's cannot be told: the state of {found} "
+            "cannot be read; give it an attribute version, choose another folder, or overwrite=True"
+        )
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:

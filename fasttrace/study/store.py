@@ -96,12 +96,24 @@ def check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path
     Raises:
         StudyError: the first difference.
     """
-    for name in dict.fromkeys([*wanted, *there]):
-        if there.get(name) != wanted.get(name):
-            raise StudyError(
-                f"{str(folder)!r} holds another study: its {name} is {_short(there.get(name))}, this one's is "
-                f"{_short(wanted.get(name))}; choose another folder, or overwrite=True"
-            )
+    found = _difference(dict(there), dict(wanted), "")
+    if found is not None:
+        name, old, new = found
+        raise StudyError(
+            f"{str(folder)!r} holds another study: its {name} is {_short(old)}, this one's is {_short(new)}; choose "
+            "another folder, or overwrite=True"
+        )
+
+
+def _difference(there: Any, wanted: Any, name: str) -> tuple[str, Any, Any] | None:
+    """Where two settings first differ, and both values."""
+    if there == wanted:
+        return None
+    if not (isinstance(there, dict) and isinstance(wanted, dict)):
+        return name, there, wanted
+    keys = dict.fromkeys([*wanted, *there])
+    found = (_difference(there.get(key), wanted.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
+    return next(one for one in found if one is not None)
 
 
 def _short(value: Any) -> str:

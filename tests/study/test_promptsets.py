@@ -52,12 +52,23 @@ def test_the_emoji_set_stays_within_the_model_s_captions() -> None:
         assert set(re.findall(r"\w+", f"{prompt.text} {prompt.target}")) <= words
 
 
+def test_id_and_attribute_may_be_left_out_and_fields_named_as_in_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    lines = [{"text": "a red\u2028apple", "subject": "apple", "target": "a\x85pear"}, GOOD]
+    path.write_text("\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines), newline="")
+    first, second = load_prompts(path)
+    assert first == ft.Prompt("a red\u2028apple", "apple", target="a\x85pear")
+    assert (first.id, first.attribute) == ("a red\u2028apple", "object")
+    assert second == ft.Prompt("a red apple", "apple", id="one")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", r"line 2: not JSON"),
         ("[1]", r"line 2: expected an object"),
         (json.dumps({**GOOD, "sujbect": "x"}), r"line 2: unknown field 'sujbect'; expected id, attribute"),
+        (json.dumps({**GOOD, "text": "x"}), r"line 2: fields 'prompt' and 'text' are two names"),
         (json.dumps({name: GOOD[name] for name in ("id", "attribute", "prompt")}), r"line 2: no field 'subject'"),
         (json.dumps({**GOOD, "id": 3}), r"line 2: field 'id' is 3: expected text"),
         (json.dumps({**GOOD, "prompt": " "}), r"line 2: field 'prompt' is ' '"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fasttrace as ft
 from fasttrace.errors import StudyError
+from fasttrace.study.carried import carried, unknown
 from fasttrace.study.record import fingerprint
 from fasttrace.study.run import run
 from tests.pipelines import tiny_pipeline
@@ -34,6 +35,7 @@ def counting(fail_at: int | None, error: type[BaseException] = KeyboardInterrupt
         return images.mean((1, 2, 3))
 
     brightness.calls = 0  # type: ignore[attr-defined]
+    brightness.version = 1  # type: ignore[attr-defined]  # its scores do not depend on when it fails
     return brightness
 
 
@@ -88,3 +90,53 @@ def test_a_folder_with_another_study_is_refused_with_what_differs(exact: Any, tm
     assert (tmp_path / "effects.parquet").read_bytes() == before
     replaced = run(study(exact, guidance_scale=3.0, **settings), out=tmp_path, progress=False, overwrite=True)
     pd.testing.assert_frame_equal(ft.Effects.load(tmp_path).table, replaced.table)
+
+
+def bright(power: float) -> Callable[..., Tensor]:
+    return lambda images, prompts: images.mean((1, 2, 3)) ** power
+
+
+def test_results_of_another_metric_of_the_same_name_are_not_taken_over(exact: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sites": "unet.mid*attn2", "prompts": [APPLE]}
+    run(study(exact, metrics=[bright(1)], **settings), out=tmp_path, progress=False, pictures=0)
+    run(study(exact, metrics=[bright(1)], **settings), out=tmp_path, progress=False, pictures=0)
+    with pytest.raises(StudyError, match=r"holds another study: its callables\.lambda is"):
+        run(study(exact, metrics=[bright(2)], **settings), out=tmp_path, progress=False)
+
+
+def test_results_of_a_pipeline_that_carries_something_else_are_not_taken_over(exact: Any, tmp_path: Path) -> None:
+    def again() -> None:
+        run(study(exact, sites="unet.mid*attn2", prompts=[APPLE]), out=tmp_path, progress=False, pictures=0)
+
+    again()
+    again()
+    exact.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    with pytest.raises(StudyError, match=r"its carried\.unet\.attributes is"):
+        again()
+    exact.disable_freeu()
+    handle = exact.vae.decoder.register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.raises(StudyError, match=r"its carried\.vae\.hooks is null"):
+        again()
+    handle.remove()
+    before = exact.tokenizer.model_max_length
+    exact.tokenizer.model_max_length = before - 1
+    with pytest.raises(StudyError, match=r"its carried\.tokenizer is"):
+        again()
+    exact.tokenizer.model_max_length = before
+
+
+def test_all_that_the_packaged_model_carries_has_a_name() -> None:
+    assert unknown(carried(ft.load_pipeline("emoji"))) is None
+
+
+def test_what_cannot_be_named_is_said_and_not_reused(exact: Any, tmp_path: Path) -> None:
+    endless = (value for value in range(10**9))
+    made = study(
+        exact,
+        sites="unet.mid*attn2",
+        prompts=[APPLE],
+        metrics=[lambda images, _: images.mean((1, 2, 3)) + next(endless)],
+    )
+    run(made, out=tmp_path, progress=False, pictures=0)
+    with pytest.raises(StudyError, match=r"the state of lambda \(builtins\.generator\) cannot be read; give it"):
+        run(made, out=tmp_path, progress=False, pictures=0)
