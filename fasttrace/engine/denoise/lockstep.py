@@ -17,7 +17,7 @@ Output = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 def trace_lockstep(request: DenoiserRequest) -> Output:
-    """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.UNetTrace` describes them."""
+    """Clean, corrupted, restored and inputs, as `fasttrace.engine.denoise.trace.DenoiserTrace` describes them."""
     return trace_groups([request])[0]
 
 

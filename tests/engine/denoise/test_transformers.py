@@ -17,6 +17,7 @@ from fasttrace.engine.denoise import lockstep
 from fasttrace.engine.denoise.trace import denoiser_request, plan_summary
 from fasttrace.errors import ModelError, PatchError
 from fasttrace.models.registry import description_of
+from fasttrace.pipeline import encode_prompt
 from tests.engine.denoiser_cases import STEPS, both, conditions, latents_of, runs, shape_of, site_names
 from tests.engine.unet_cases import difference
 from tests.pipelines import tiny_pipeline
@@ -153,6 +154,39 @@ def test_only_the_transformer_and_the_scheduler_are_needed() -> None:
     assert difference(*both(Bare(), [ft.Patch(site)])) < 1e-8
     with pytest.raises(ModelError, match="no negative condition"):
         both(Bare(), [ft.Patch(site)], negative=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance_embeds": False},
+        {"use_additional_conditions": True, "num_attention_heads": 3, "cross_attention_dim": 48},
+    ],
+)
+def test_other_inputs_beside_the_timestep(change: dict[str, Any]) -> None:
+    """FLUX.1-schnell takes no guidance scale; PixArt-alpha takes the picture's size."""
+    name = "tiny-flux" if "guidance_embeds" in change else "tiny-pixart"
+    pipe = ft.zoo.random_pipeline(name, dtype=torch.float64)
+    kind = type(pipe.transformer)
+    torch.manual_seed(0)
+    pipe.transformer = kind.from_config(dict(pipe.transformer.config) | change).double().eval().requires_grad_(False)
+    patches = [ft.Patch(site) for site in site_names(pipe)[::4]]
+    for size in ((8, 8), (4, 6)):
+        assert difference(*both(pipe, patches, latents=latents_of(pipe, size), size=size)) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl"])
+def test_unets_go_through_the_same_call(name: str) -> None:
+    pipe = piped(name)
+    clean, corrupted = (encode_prompt(pipe, text) for text in ("a photo of a cat", "a red car"))
+    patches = [ft.Patch("unet.mid_block.resnets.0"), ()]
+    options: dict[str, Any] = {"num_inference_steps": 2, "seed": 4}
+    added = None if clean.pooled is None or clean.time_ids is None else (clean.pooled, clean.time_ids)
+    expected = ft.trace_unet(pipe, clean.embeds, corrupted.embeds, patches, clean_added=added, **options)
+    held = dataclasses.replace(corrupted, pooled=clean.pooled)
+    trace = ft.trace_denoiser(pipe, clean, held, patches, **options)
+    assert torch.equal(trace.restored, expected.restored)
+    assert torch.equal(trace.clean, expected.clean)
 
 
 @pytest.mark.parametrize("name", TINY)
