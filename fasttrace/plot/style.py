@@ -28,6 +28,12 @@ def figure(width: float, height: float) -> Any:
 def save(fig: Any, path: str | Path) -> Path:
     """Write a figure; a reader never sees half of one."""
     target = Path(path)
+    from matplotlib.text import Text
+
+    # A prompt or a file name may hold "$", which is no mathematics. Numbers on axes have no text before they are drawn.
+    for text in fig.findobj(Text):
+        if text.get_text():
+            text.set_parse_math(False)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.stem}.part{target.suffix or '.png'}")
     try:
