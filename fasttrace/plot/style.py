@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def save(fig: Any, path: str | Path) -> Path:
 
 def heading(fig: Any, title: str, explanation: str) -> None:
     """A title above, and below a line or two on how to read the figure."""
+    # Letters of this size are about 0.11 inch wide; what does not fit on one line goes on to the next.
+    title = textwrap.fill(title, int(fig.get_figwidth() / 0.11))
     fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     fig.supxlabel(explanation, x=0.01, ha="left", fontsize=9, color=MUTED)
 

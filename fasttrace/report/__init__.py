@@ -123,10 +123,12 @@ def _tables(effects: Findings) -> Iterator[tuple[str, str, pd.DataFrame]]:
         keys.append("token_role")
     if effects.table["step_start"].nunique() > 1 or effects.table["step_stop"].nunique() > 1:
         keys += ["step_start", "step_stop"]
-    yield "Sites by average indirect effect", "rank", effects.rank(by=keys)
+    ranked = effects.rank(by=keys)
+    yield "Sites by average indirect effect", "rank", ranked
     by_kind = ["attribute", "kind"] if effects.table["attribute"].nunique() > 1 else ["kind"]
     yield "Mean effect of one site, by kind", "kinds", effects.aie(by=by_kind)
-    yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", effects.normalized(by=keys)
+    normalized = ranked[[*keys, "rank"]].merge(effects.normalized(by=keys), on=keys, sort=False)
+    yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", normalized.drop(columns="rank")
 
 
 def _prompts(effects: Findings) -> pd.DataFrame:

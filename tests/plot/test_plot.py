@@ -192,6 +192,16 @@ def test_dollars_of_a_prompt_are_no_mathematics(prompt, tmp_path, monkeypatch):
     assert plot.picture_grid(cell, tmp_path / "c.png", title=prompt).is_file()
 
 
+def test_titles_and_legends_stay_within_the_figure_and_beside_the_data():
+    fig = style.figure(9, 4.6)
+    draw_ranked(fig, unet_effects())
+    style.heading(fig, "Where a site matters, by depth: " + 30 * "a red apple ", "")
+    fig.canvas.draw()
+    assert fig._suptitle.get_window_extent().x1 <= fig.bbox.x1
+    (axis,) = panels(fig)
+    assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_settings_of_matplotlib_stay_as_they_are(tmp_path):
     import matplotlib
 

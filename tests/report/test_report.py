@@ -84,6 +84,15 @@ def test_pictures_of_a_run_are_shown_with_their_scores(tmp_path):
     assert "pictures-1.png" in links(report(folder))
 
 
+def test_the_normalized_table_begins_with_the_strongest_and_the_heading_names_the_model_alone(tmp_path):
+    effects = Effects(unet_effects(prompts=2).table, {"model": {"name": "/home/someone/models/own-model"}})
+    page = report(effects, tmp_path / "out")
+    ranked, normalized = (pd.read_csv(page.parent / f"clip_score-{name}.csv") for name in ("rank", "normalized"))
+    assert normalized["site"].tolist() == ranked["site"].tolist()
+    np.testing.assert_allclose(normalized["normalized"], ranked["share"])
+    assert "model own-model</p>" in page.read_text()
+
+
 def test_titles_of_pictures_name_the_steps_where_they_vary(tmp_path):
     effects = unet_effects(prompts=1, seeds=1, steps=[(0, 10), (10, 11)])
     Image.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
