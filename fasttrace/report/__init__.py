@@ -23,7 +23,7 @@ import pandas as pd
 from .. import plot
 from ..errors import StudyError
 from ..findings.findings import Findings
-from ..findings.folder import read_json, write_json
+from ..findings.folder import read_json, temporary_beside, write_json
 from ..findings.summary import summarize
 from . import page
 from .pictures import draw_pictures
@@ -57,7 +57,7 @@ def report(
         raise StudyError("a report of effects in memory needs a folder: give out=")
     target = Path(out)
     earlier = _earlier(target)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = temporary_beside(target)
     draft.mkdir(parents=True)
     try:
         _write(effects, draft, None if pictures is None else Path(pictures))
