@@ -318,3 +318,7 @@ def test_summary_says_what_the_numbers_say():
     assert f"{first.name} brings nothing back, and no other does: -1.75 (95% interval -2.50 to -1.00)." in text
     injected = Effects(pd.DataFrame([row(0, 0, first, 1.0, base="clean", source="inject:target")]), {})
     assert "given the text of 'target' to read" in injected.summary()
+
+
+def test_effects_print_as_one_line():
+    assert repr(unet_effects(prompts=2, seeds=1)) == "<Effects: 40 rows of 2 prompts and 20 sites, in clip_score>"
