@@ -15,9 +15,10 @@ from . import statistics
 from .folder import load_effects, save_effects
 from .joining import join_records, join_tables
 from .table import COLUMNS, MEANING, Groups, as_list
+from .wording import counted
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Findings:
     """What a study found.
 
@@ -43,6 +44,12 @@ class Findings:
             raise StudyError(f"the table of effects lacks the columns {', '.join(missing)}")
         if self.table.empty:
             raise StudyError("the table of effects is empty: nothing was run, or a filter dropped every row")
+
+    def __repr__(self) -> str:
+        prompts = counted(self.table["prompt_id"].nunique(), "prompt")
+        sites = counted(self.table["site"].nunique(), "site")
+        metrics = ", ".join(self.table["metric"].unique())
+        return f"<{type(self).__name__}: {counted(len(self), 'row')} of {prompts} and {sites}, in {metrics}>"
 
     def __len__(self) -> int:
         return len(self.table)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,43 @@ PARTIAL = "partial"  # what a run keeps there until it is finished
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of ``path`` when the block ends, and is gone if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A hidden name beside ``path`` of this process alone; those of processes that were killed here are removed."""
+    stem = f".{path.name}.{platform.node()}."
+    for left in path.parent.glob(f"{glob.escape(stem)}*"):
+        pid = left.name.removeprefix(stem)
+        if pid.isdecimal() and not _lives(int(pid)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Raises:
+    StudyError: it cannot be read as a table.
+    """
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:  # Arrow raises many types for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise StudyError(f"{path} is damaged ({reason}): remove it and run the study again") from error
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -62,4 +96,4 @@ def load_effects(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     if not (folder / TABLE).is_file():
         begun = " (one was begun there: run it again to finish it)" if (folder / PARTIAL).is_dir() else ""
         raise StudyError(f"no {TABLE} in {str(folder)!r}: expected the folder of a finished run{begun}")
-    return pd.read_parquet(folder / TABLE), read_json(folder / RECORD)
+    return read_table(folder / TABLE), read_json(folder / RECORD)

@@ -8,7 +8,7 @@ import pandas as pd
 
 from .findings import Findings
 from .statistics import mean_interval
-from .wording import KIND_NAMES, counted, number
+from .wording import KIND_NAMES, counted, number, steps_label
 
 FEW_PROMPTS = 10
 
@@ -51,10 +51,14 @@ def _what_was_done(effects: Findings) -> str:
     table = effects.table
     prompts = table["prompt_id"].nunique()
     seeds = table.groupby("prompt_id")["seed"].nunique()
-    per = f"{counted(seeds.max(), 'seed')} each" if prompts > 1 else counted(seeds.max(), "seed")
+    per = counted(seeds.max(), "seed")
+    if prompts > 1:
+        per = f"{per} each" if seeds.min() == seeds.max() else f"{seeds.min()} to {per} each"
     verb = "restored from the clean run" if table["base"].iloc[0] == "corrupted" else "overwritten in the clean run"
     if table["base"].nunique() > 1:
         verb = "patched"
+    elif str(table["source"].iloc[0]).startswith("inject:"):
+        verb = f"given the text of {str(table['source'].iloc[0]).removeprefix('inject:')!r} to read"
     elif table["source"].iloc[0] not in ("clean", "corrupted"):
         verb = f"overwritten with {table['source'].iloc[0]!r}"
     runs, sites = len(table) / table["metric"].nunique(), table["site"].nunique()
@@ -84,9 +88,13 @@ def _what_corruption_did(effects: Findings) -> str:
 def _what_sites_did(effects: Findings, keys: list[str]) -> str:
     ranked, needed = effects.rank(by=keys), effects.direction() < 0
     top = ranked.iloc[0]
-    share = "" if pd.isna(top["share"]) else f", {100 * abs(top['share']):.0f}% of the total effect"
+    some = effects.direction() * top["aie"] > 0
+    share = f", {100 * abs(top['share']):.0f}% of the total effect" if some and top["total_effect"] > 0 else ""
     interval = "" if pd.isna(top["low"]) else f", 95% interval {number(top['low'])} to {number(top['high'])}"
-    verb = "takes away most" if needed else "brings back most"
+    if some:
+        verb = "takes away most" if needed else "brings back most"
+    else:
+        verb = "takes nothing away, and no other does" if needed else "brings nothing back, and no other does"
     text = f"{_name(top, keys)} {verb}: {number(top['aie'])} ({interval.removeprefix(', ') or 'no interval'}{share})."
     text += _ties(ranked)
     sure = int(((ranked["low"] > 0) | (ranked["high"] < 0)).sum())
@@ -116,8 +124,7 @@ def _name(row: pd.Series, keys: list[str]) -> str:
     if "token_role" in keys and "site" in keys and row["token_role"] not in ("all", ""):
         name += f" at {str(row['token_role']).replace('_', ' ')}"
     if "step_start" in keys:
-        start, stop = int(row["step_start"]), int(row["step_stop"])
-        name += f" in step {start}" if stop == start + 1 else f" in steps {start} to {stop - 1}"
+        name += f" in {steps_label(int(row['step_start']), int(row['step_stop']))}"
     return name
 
 

@@ -40,6 +40,11 @@ def counted(count: float, noun: str) -> str:
     return f"{int(count)} {noun}" if count == 1 else f"{int(count)} {noun}s"
 
 
+def steps_label(start: int, stop: int) -> str:
+    """``step 3``, ``steps 0 to 4``: denoising steps from ``start`` up to, without, ``stop``."""
+    return f"step {start}" if stop == start + 1 else f"steps {start} to {stop - 1}"
+
+
 def block(site: str) -> str:
     """The UNet block that a site stands in, as a label: ``down 0``, ``mid``, ``up 2``."""
     side, index = site.split(".")[1:3]

@@ -61,7 +61,7 @@ def profile(effects: Findings, path: str | Path, *, metric: str | None = None, t
 
     chosen = _chosen(effects, metric)
     panels = int((chosen.table["part"] != "unet").any()) + int((chosen.table["part"] == "unet").any())
-    fig = style.figure(4.0 + 5.0 * panels, 4.6)
+    fig = style.figure(5.0 + 5.0 * panels, 4.6)
     draw_profile(fig, chosen)
     count = chosen.table["prompt_id"].nunique()
     bands = "Bands are 95% intervals over prompts. " if count > 1 else "One prompt, so no intervals. "
@@ -114,10 +114,9 @@ def _units(effects: Findings) -> str:
 
 
 def _explanation(effects: Findings) -> str:
-    bar = "taller" if effects.table["base"].iloc[0] == "corrupted" else "shorter"
     text = (
-        "Corrupted: noise on the subject's token embeddings. Clean: no noise. A darker cell, or a "
-        f"{bar} bar, is nearer to the clean run."
+        "Corrupted: noise on the subject's token embeddings. Clean: no noise. A darker cell, or a bar whose end is "
+        "closer to the line of the clean run, is nearer to it."
     )
     star = " ★ marks the subject's tokens." if (effects.table["part"] != "unet").any() else ""
     seeds = effects.table.groupby("prompt_id")["seed"].nunique().max()

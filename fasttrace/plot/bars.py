@@ -35,5 +35,6 @@ def draw_ranked(fig: Any, effects: Findings) -> None:
     axis.set_xlabel(style.effect_label(base), fontsize=9.5)
     for kind in dict.fromkeys(shown["kind"]):
         axis.plot([], [], color=style.COLORS.get(kind, style.MUTED), linewidth=6, label=KIND_NAMES.get(kind, kind))
-    axis.legend(fontsize=8.5, frameon=False, loc="lower right", labelcolor=style.INK)
+    # Beside the bars, so that it never lies over one, or over the line of the other run.
+    axis.legend(fontsize=8.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), labelcolor=style.INK)
     style.plain(axis, grid="x")

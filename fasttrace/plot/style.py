@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def figure(width: float, height: float) -> Any:
 def save(fig: Any, path: str | Path) -> Path:
     """Write a figure; a reader never sees half of one."""
     target = Path(path)
+    from matplotlib.text import Text
+
+    # A prompt or a file name may hold "$", which is no mathematics. Numbers on axes have no text before they are drawn.
+    for text in fig.findobj(Text):
+        if text.get_text():
+            text.set_parse_math(False)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.stem}.part{target.suffix or '.png'}")
     try:
@@ -40,6 +47,8 @@ def save(fig: Any, path: str | Path) -> Path:
 
 def heading(fig: Any, title: str, explanation: str) -> None:
     """A title above, and below a line or two on how to read the figure."""
+    # Letters of this size are about 0.11 inch wide; what does not fit on one line goes on to the next.
+    title = textwrap.fill(title, int(fig.get_figwidth() / 0.11))
     fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     fig.supxlabel(explanation, x=0.01, ha="left", fontsize=9, color=MUTED)
 

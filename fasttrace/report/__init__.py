@@ -23,7 +23,7 @@ import pandas as pd
 from .. import plot
 from ..errors import StudyError
 from ..findings.findings import Findings
-from ..findings.folder import read_json, write_json
+from ..findings.folder import read_json, temporary_beside, write_json
 from ..findings.summary import summarize
 from . import page
 from .pictures import draw_pictures
@@ -57,7 +57,7 @@ def report(
         raise StudyError("a report of effects in memory needs a folder: give out=")
     target = Path(out)
     earlier = _earlier(target)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    draft = temporary_beside(target)
     draft.mkdir(parents=True)
     try:
         _write(effects, draft, None if pictures is None else Path(pictures))
@@ -123,10 +123,12 @@ def _tables(effects: Findings) -> Iterator[tuple[str, str, pd.DataFrame]]:
         keys.append("token_role")
     if effects.table["step_start"].nunique() > 1 or effects.table["step_stop"].nunique() > 1:
         keys += ["step_start", "step_stop"]
-    yield "Sites by average indirect effect", "rank", effects.rank(by=keys)
+    ranked = effects.rank(by=keys)
+    yield "Sites by average indirect effect", "rank", ranked
     by_kind = ["attribute", "kind"] if effects.table["attribute"].nunique() > 1 else ["kind"]
     yield "Mean effect of one site, by kind", "kinds", effects.aie(by=by_kind)
-    yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", effects.normalized(by=keys)
+    normalized = ranked[[*keys, "rank"]].merge(effects.normalized(by=keys), on=keys, sort=False)
+    yield "Normalised effects: 0 is the corrupted run, 1 the clean run", "normalized", normalized.drop(columns="rank")
 
 
 def _prompts(effects: Findings) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -43,7 +44,7 @@ def document(effects: Findings, sections: Sequence[str]) -> str:
     """The whole page."""
     table = effects.table
     model = effects.record.get("model") or {}
-    named = model.get("name") or model.get("class") or ""
+    named = Path(model.get("name") or model.get("class") or "").name  # of a folder its own name, not where it stood
     about = (
         f"{counted(table['prompt_id'].nunique(), 'prompt')}, {counted(table['site'].nunique(), 'site')}, "
         f"{counted(len(table), 'row')}{f', model {escape(str(named))}' if named else ''}"

@@ -12,7 +12,7 @@ from .. import plot
 from ..errors import StudyError
 from ..findings.findings import Findings
 from ..findings.folder import read_json
-from ..findings.wording import site_label, unit
+from ..findings.wording import site_label, steps_label, unit
 from ..plot.style import COLORS, INK, MUTED
 
 ROWS_A_GRID, GRIDS = 8, 4
@@ -73,6 +73,8 @@ def _picture(effects: Findings, source: Path, entry: dict[str, Any]) -> plot.Pic
             rows = rows[rows[column] == entry[column]]
     first = rows.iloc[0]
     label = site_label(str(first["site"]), str(first["kind"]), int(first["layer"]), str(first["token_role"]))
+    if table["step_start"].nunique() > 1 or table["step_stop"].nunique() > 1:
+        label += f"\n{steps_label(int(first['step_start']), int(first['step_stop']))}"
     title = f"{role} {entry['rank']}\n{label}"
     return plot.Picture(image, title, float(first["restored"]), COLORS.get(str(first["kind"]), MUTED))
 

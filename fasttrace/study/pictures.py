@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..effects.effects import Effects
 from ..findings.folder import write_json
+from ..findings.table import Groups
 from ..pipeline import decode_latents
 from .axes import step_span
 from .groups import Group
@@ -89,8 +90,8 @@ _RUN = ["site", "token_role", "step_start", "step_stop"]
 
 
 def _ranked(effects: Effects) -> pd.Series:
-    """Mean effect of every kind of run, strongest first."""
-    means = effects.table.groupby(_RUN, sort=True)["indirect_effect"].mean()
+    """Mean effect of every kind of run, strongest first: means over prompts, as in every table of the effects."""
+    means = Groups(effects.table, _RUN).frame.set_index(_RUN)["aie"].sort_index()
     return means.sort_values(ascending=effects.direction() < 0, kind="stable")
 
 

@@ -8,7 +8,7 @@ field              needed    meaning
 ``prompt``         yes       the caption; ``text`` says the same
 ``subject``        yes       the words that are corrupted, as they stand in the caption
 ``id``             no        name in tables, different for every line; the caption if not given
-``attribute``      no        what the subject expresses: ``object`` (if not given), ``style``, ``color``, ``action``, ...
+``attribute``      no        what the subject expresses: ``object`` (if not given), ``style``, ``color``, ...
 ``span``           no        characters ``[start, stop]`` of the subject, where it stands there more than once
 ``target_prompt``  no        a caption to interchange with or to edit towards; ``target`` says the same
 ``seeds``          no        seeds of the latents, where they differ from the study's

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StudyError
-from ..findings.folder import PARTIAL, read_json, replacing, write_json
+from ..findings.folder import PARTIAL, read_json, read_table, replacing, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,17 +55,19 @@ class Shards:
 
     def rows(self, key: str) -> pd.DataFrame | None:
         """The rows of a group, if it is finished."""
-        import pandas as pd
-
         table = self._folder / f"{key}.parquet"
-        return pd.read_parquet(table) if table.is_file() else None
+        return read_table(table) if table.is_file() else None
 
     def latents(self, key: str) -> Tensor | None:
         """The latents of a finished group, if it has any."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._folder / f"{key}.safetensors"
-        return load_file(file)["latents"] if file.is_file() else None
+        try:
+            return load_file(file)["latents"] if file.is_file() else None
+        except (SafetensorError, KeyError) as error:
+            raise StudyError(f"{file} is damaged ({error}): remove it and its .parquet, and run again") from error
 
     def put(self, key: str, rows: pd.DataFrame, latents: Tensor | None) -> None:
         """Keep a finished group; its rows come last, and stand for both."""

@@ -308,3 +308,17 @@ def test_noising_ranks_the_site_that_is_needed_most_first():
 
 def test_columns_are_those_of_the_contract():
     assert list(unet_effects(prompts=1, seeds=1).table.columns) == list(COLUMNS)
+
+
+def test_summary_says_what_the_numbers_say():
+    first, second = unet_sites()[:2]
+    rows = [row(0, seed, site, -2.0 - seed) for site in (first, second) for seed in range(2)] + [row(1, 0, first, -1.0)]
+    text = Effects(pd.DataFrame([*rows, row(1, 0, second, -3.0)]), {}).summary()
+    assert "(1 to 2 seeds each, " in text
+    assert f"{first.name} brings nothing back, and no other does: -1.75 (95% interval -2.50 to -1.00)." in text
+    injected = Effects(pd.DataFrame([row(0, 0, first, 1.0, base="clean", source="inject:target")]), {})
+    assert "given the text of 'target' to read" in injected.summary()
+
+
+def test_effects_print_as_one_line():
+    assert repr(unet_effects(prompts=2, seeds=1)) == "<Effects: 40 rows of 2 prompts and 20 sites, in clip_score>"

@@ -179,6 +179,29 @@ def test_heads_are_a_line_of_the_profile_and_bars_of_the_heatmap(tmp_path):
     assert plot.heatmap(Effects(heads, {}), tmp_path / "heads.png").exists()
 
 
+@pytest.mark.parametrize("prompt", ["$100 bill beside $5", r"$\frac{1$ apple", "100% $x_1$"])
+def test_dollars_of_a_prompt_are_no_mathematics(prompt, tmp_path, monkeypatch):
+    from matplotlib.mathtext import MathTextParser
+
+    monkeypatch.setattr(MathTextParser, "parse", lambda *args, **kwargs: pytest.fail("read as mathematics"))
+    effects = text_effects()
+    table = effects.table.assign(prompt=prompt, subject="$a$", token="$b$")
+    assert plot.heatmap(Effects(table, {}), tmp_path / "a.png").is_file()
+    assert plot.ranked(Effects(table, {}), tmp_path / "b.svg").is_file()
+    cell = [(prompt, [plot.Picture(np.zeros((8, 8, 3), np.uint8), prompt)])]
+    assert plot.picture_grid(cell, tmp_path / "c.png", title=prompt).is_file()
+
+
+def test_titles_and_legends_stay_within_the_figure_and_beside_the_data():
+    fig = style.figure(9, 4.6)
+    draw_ranked(fig, unet_effects())
+    style.heading(fig, "Where a site matters, by depth: " + 30 * "a red apple ", "")
+    fig.canvas.draw()
+    assert fig._suptitle.get_window_extent().x1 <= fig.bbox.x1
+    (axis,) = panels(fig)
+    assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_settings_of_matplotlib_stay_as_they_are(tmp_path):
     import matplotlib
 

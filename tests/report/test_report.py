@@ -13,6 +13,7 @@ from PIL import Image
 from fasttrace.effects.effects import Effects
 from fasttrace.errors import StudyError
 from fasttrace.report import report
+from fasttrace.report.pictures import _picture
 from tests.synthetic import text_effects, unet_effects
 
 
@@ -81,6 +82,24 @@ def test_pictures_of_a_run_are_shown_with_their_scores(tmp_path):
     for i in range(2):
         Image.new("RGB", (8, 8), "red").save(folder / "pictures" / f"{i}.png")
     assert "pictures-1.png" in links(report(folder))
+
+
+def test_the_normalized_table_begins_with_the_strongest_and_the_heading_names_the_model_alone(tmp_path):
+    effects = Effects(unet_effects(prompts=2).table, {"model": {"name": "/home/someone/models/own-model"}})
+    page = report(effects, tmp_path / "out")
+    ranked, normalized = (pd.read_csv(page.parent / f"clip_score-{name}.csv") for name in ("rank", "normalized"))
+    assert normalized["site"].tolist() == ranked["site"].tolist()
+    np.testing.assert_allclose(normalized["normalized"], ranked["share"])
+    assert "model own-model</p>" in page.read_text()
+
+
+def test_titles_of_pictures_name_the_steps_where_they_vary(tmp_path):
+    effects = unet_effects(prompts=1, seeds=1, steps=[(0, 10), (10, 11)])
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
+    last = effects.table.iloc[1]
+    entry = {"file": "0.png", "role": "strongest", "rank": 1, "step_start": 10, "step_stop": 11}
+    entry |= {name: last[name] for name in ("prompt_id", "seed", "noise_sample", "site")}
+    assert _picture(effects, tmp_path, entry).title == "strongest 1\nresnet\ndown 0 / 0\nstep 10"
 
 
 def test_an_earlier_report_is_replaced_and_anything_else_is_kept(tmp_path):

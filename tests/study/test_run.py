@@ -18,12 +18,14 @@ from fasttrace.study import job as job_module
 from fasttrace.study.conditions import TextStates, text_states
 from fasttrace.study.injection import trace_injected
 from fasttrace.study.job import Job, Options
+from fasttrace.study.pictures import _ranked
 from fasttrace.study.record import study_record
 from fasttrace.study.run import run
 from fasttrace.study.schedulers import SCHEDULERS
 from fasttrace.study.screening import screen
 from tests.pipelines import TINY, tiny_pipeline
 from tests.study_cases import APPLE, CAT, EXACT, assert_same, study, table, traced
+from tests.synthetic import row, unet_sites
 
 
 @pytest.fixture
@@ -308,6 +310,13 @@ def test_pictures_show_the_strongest_and_the_weakest_runs(exact: Any, tmp_path: 
     assert weakest == [means.idxmin()] * 2
     sizes = {len((tmp_path / "pictures" / entry["file"]).read_bytes()) for entry in entries}
     assert len(sizes) > 2
+
+
+def test_pictures_rank_as_the_table_does_where_prompts_have_unequal_seeds() -> None:
+    first, second = unet_sites()[:2]
+    rows = [row(0, seed, first, 3.0) for seed in range(9)] + [row(0, seed, second, 2.0) for seed in range(9)]
+    effects = ft.Effects(pd.DataFrame([*rows, row(1, 0, first, 1.0), row(1, 0, second, 3.0)]), {})
+    assert _ranked(effects).index[0][0] == effects.rank()["site"][0] == second.name
 
 
 def test_screening_keeps_the_pairs_that_pass_and_the_noise_of_the_whole(exact: Any) -> None:

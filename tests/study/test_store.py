@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fasttrace.errors import StudyError
-from fasttrace.findings.folder import load_effects, read_json, replacing, save_effects, write_json
+from fasttrace.findings.folder import load_effects, read_json, replacing, save_effects, temporary_beside, write_json
 from fasttrace.study.store import Shards, content_hash
 
 TABLE = pd.DataFrame({"site": ["a", "b"], "position": pd.array([1, None], dtype="Int64"), "restored": [0.5, 0.25]})
@@ -32,6 +33,34 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(error: type[BaseExcepti
         fail()
     assert names(tmp_path) == {"x.json"}
     assert read_json(tmp_path / "x.json") == {"old": True}
+
+
+def test_what_killed_processes_left_is_removed_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    own = temporary_beside(target)
+    dead, living = own.with_suffix(".999999999"), own.with_suffix(f".{os.getppid()}")
+    other = tmp_path / ".x.json.another-machine.999999999"
+    dead.mkdir()
+    (dead / "half").write_text("")
+    living.write_text("")
+    other.write_text("")
+    write_json(target, {})
+    assert names(tmp_path) == {target.name, living.name, other.name}
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    save_effects(tmp_path, TABLE, {})
+    (tmp_path / "effects.parquet").write_bytes((tmp_path / "effects.parquet").read_bytes()[:50])
+    with pytest.raises(StudyError, match=r"effects\.parquet is damaged"):
+        load_effects(tmp_path)
+    shards = Shards(tmp_path, {})
+    shards.put("a", TABLE, torch.zeros(3))
+    for suffix in ("parquet", "safetensors"):
+        (tmp_path / "partial" / f"a.{suffix}").write_bytes(b"half")
+    with pytest.raises(StudyError, match=r"a\.parquet is damaged"):
+        shards.rows("a")
+    with pytest.raises(StudyError, match=r"a\.safetensors is damaged"):
+        shards.latents("a")
 
 
 def test_effects_are_written_both_or_neither(tmp_path: Path) -> None:
