@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,8 @@ def tune(
     terminal = console()
     if not torch.cuda.is_available():
         terminal.print("No CUDA card here: nothing is chosen or measured on a CPU.", soft_wrap=True)
-    kept, path = tuning.stored(), tuning.cache_path()
+    kept: dict[str, Any] = tuning.stored()
+    path = tuning.cache_path()
     number = sum(len(choices) for choices in kept.values() if isinstance(choices, dict))
     if forget:
         tuning.forget()
