@@ -36,7 +36,7 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except (FasttraceError, OSError) as error:
-            say_error(" ".join(str(error).split()))
+            say_error(" ".join(str(error).split()).replace("overwrite=True", "--overwrite"))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             say_error("interrupted; what was finished is kept, and the same command goes on from there")

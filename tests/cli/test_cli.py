@@ -148,3 +148,13 @@ def test_tune_shows_and_forgets_what_is_kept(tmp_path, monkeypatch):
         assert text in shown.output
     assert run("tune", "--forget").exit_code == 0
     assert not file.exists()
+
+
+def test_the_shell_names_its_own_option_to_overwrite(monkeypatch):
+    def refuse(*_, **__):
+        raise StudyError("holds another study; choose another folder, or overwrite=True")
+
+    monkeypatch.setattr("fasttrace.pipeline.load_pipeline", refuse)
+    result = run("sites", MODEL)
+    assert result.exit_code == 2
+    assert result.stderr.rstrip().endswith("or --overwrite")
