@@ -26,8 +26,8 @@ class Prompt:
         seeds: seeds of this prompt's latents, if they differ from the study's.
 
     Raises:
-        PromptError: a text or subject that is empty or no text, a span or seeds that are no whole numbers, or a subject
-            that does not stand in the text as whole words.
+        PromptError: a text or subject that is empty or no text, an id or target that is no text, half a character, a
+            span or seeds that are no whole numbers, or a subject that does not stand in the text as whole words.
     """
 
     text: str
@@ -43,6 +43,13 @@ class Prompt:
         for name in ("text", "subject"):
             if not isinstance(getattr(self, name), str):
                 raise PromptError(f"{name}={getattr(self, name)!r}: expected text")
+        if not isinstance(self.id, str):
+            raise PromptError(f"id={self.id!r}: expected text")
+        if self.target is not None and not isinstance(self.target, str):
+            raise PromptError(f"target={self.target!r}: expected text")
+        for name in ("text", "subject", "target", "id"):
+            if any("\ud800" <= letter <= "\udfff" for letter in getattr(self, name) or ""):
+                raise PromptError(f"{name}={getattr(self, name)!r} has half a character (a lone surrogate): remove it")
         if not self.text.strip():
             raise PromptError("prompt text is empty: expected a caption")
         if not self.subject.strip():

@@ -1,4 +1,4 @@
-"""The shell: ``fasttrace demo | sites | plan | sweep | report | edit | profile``, a file a verb.
+"""The shell: ``fasttrace demo | sites | plan | sweep | report | edit | profile | tune``, a file a verb.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -6,7 +6,8 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import os
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -20,6 +21,7 @@ from .profile import profile
 from .report import report
 from .sites import sites
 from .sweep import sweep
+from .tune import tune
 
 
 class _Group(typer.core.TyperGroup):
@@ -34,7 +36,7 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except (FasttraceError, OSError) as error:
-            say_error(" ".join(str(error).split()))
+            say_error(" ".join(str(error).split()).replace("overwrite=True", "--overwrite"))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             say_error("interrupted; what was finished is kept, and the same command goes on from there")
@@ -52,8 +54,23 @@ app = typer.Typer(
     "New here? Run [bold]fasttrace demo[/bold]: it explains itself, and leaves pictures.",
 )
 
-for _verb in (demo, sites, plan, sweep, report, edit, profile):
+for _verb in (demo, sites, plan, sweep, report, edit, profile, tune):
     app.command()(_verb)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fasttrace {version('fasttrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
+
+from ..errors import StudyError
 
 
 def console() -> Any:
@@ -11,6 +14,12 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def check_out(folder: Path) -> None:
+    """Refuse ``--out ""``, which would be the working folder."""
+    if folder == Path():
+        raise StudyError("--out is empty or the working folder itself: name a folder, such as --out trace")
 
 
 def say_error(text: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import EditError
+from .console import check_out
 
 if TYPE_CHECKING:
     from ..edit.edit import Edit
@@ -84,12 +86,12 @@ def edit(
     from rich.console import Console
 
     from ..edit import fit_edit
-    from ..edit.cases import emoji_captions
-    from ..edit.export import export_lora
+    from ..edit.cases import emoji_attribute, emoji_captions
+    from ..edit.export import LORA_FILE, export_lora
     from ..edit.grid import save_grid
     from ..edit.judge import judge as judge_edit
     from ..pipeline import load_pipeline
-    from .study import numbers
+    from .study import check_device, numbers
 
     console = Console(width=110)
     concepts = dict(_split(entry) for entry in concept)
@@ -98,6 +100,12 @@ def edit(
         kept = [line for line in captions.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
         kept = emoji_captions() if packaged and mode == "corrected" else []
+    chosen_seeds = numbers(seeds, "--seeds")
+    _check_numbers(out, guidance=guidance, ridge=ridge)
+    if packaged:
+        for old, new in concepts.items():  # the judge must know the words before anything is written
+            emoji_attribute(old, new)
+    check_device(device)
     pipe = load_pipeline(model, device=device)
     fitted = fit_edit(
         pipe,
@@ -112,6 +120,7 @@ def edit(
         captions=kept,
     )
     fitted.save(out)
+    (out / LORA_FILE).unlink(missing_ok=True)  # of an earlier edit
     console.print(_describe(fitted))
     if lora:
         console.print(f"LoRA: {export_lora(fitted, out)}")
@@ -127,7 +136,7 @@ def edit(
             fitted,
             cases,
             reader,
-            seeds=numbers(seeds, "--seeds"),
+            seeds=chosen_seeds,
             scorer=scorer,
             num_inference_steps=steps,
             guidance_scale=(3.0 if packaged else 7.5) if guidance is None else guidance,
@@ -141,6 +150,13 @@ def edit(
             f"specificity {judgement.specificity:.0%}: unrelated pictures are read as before\n"
             f"pictures: {grid}"
         )
+
+
+def _check_numbers(out: Path, **given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None and not math.isfinite(value):
+            raise EditError(f"--{name} {value}: expected a finite number")
+    check_out(out)
 
 
 def _split(entry: str) -> tuple[str, str]:

@@ -11,6 +11,10 @@ import typer
 
 from ..errors import StudyError
 
+MOST = 1_000_000  # numbers of one option, so that a slip of the keyboard is an error and no hang
+_DIGITS = 30
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _MANY = ". Repeat for several."
 
 Model = Annotated[
@@ -45,9 +49,10 @@ class Request:
         from ..study.presets import default_metrics, preset_study
         from ..study.study import Study
 
-        dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
-        if self.dtype is not None and not isinstance(dtype, torch.dtype):
-            raise StudyError(f"--dtype {self.dtype!r}: expected float32, float16 or bfloat16")
+        check_device(self.device)
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise StudyError(f"--dtype {self.dtype!r}: expected {', '.join(_DTYPES)}")
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
         pipe = load_pipeline(self.model, device=self.device, dtype=dtype)
         settings = dict(self.settings)
         if self.preset is not None:
@@ -155,6 +160,28 @@ def takes_study(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def check_device(name: str | None) -> None:
+    """Refuse a device that is unknown, or not there, before anything is loaded.
+
+    Raises:
+        StudyError: names the devices that can be given.
+    """
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise StudyError(f"--device {name!r}: expected cpu, cuda, cuda:0 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise StudyError(f"--device {name!r}: expected cpu, cuda, cuda:0 or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StudyError(f"--device {name!r}: {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise StudyError(f"--device {name!r}: there is no such device here; use --device cpu")
+
+
 def numbers(text: str, option: str) -> list[int]:
     """Whole numbers written as ``0,1`` or ``0-3``.
 
@@ -168,6 +195,10 @@ def numbers(text: str, option: str) -> list[int]:
             raise StudyError(f"{option} {text!r}: expected whole numbers such as 0,1 or 0-3")
         if dash and int(last) < int(first):
             raise StudyError(f"{option} {text!r}: the range {piece.strip()} is empty; write the smaller number first")
+        if len(first) > _DIGITS or len(last) > _DIGITS:
+            raise StudyError(f"{option} {text[:40]!r}: a number of more than {_DIGITS} digits")
+        if int(last or first) - int(first) + len(found) >= MOST:
+            raise StudyError(f"{option} {text[:40]!r}: more than {MOST:,} numbers; split the study")
         found += range(int(first), int(last or first) + 1)
     return found
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import console
+from ..errors import StudyError
+from .console import check_out, console
 from .study import Request, takes_study
 
 
@@ -49,6 +51,10 @@ def sweep(
     from ..study.run import run
     from ..study.screening import screen
 
+    check_out(out)
+    for name, limit in (("--min-clean", min_clean), ("--max-corrupted", max_corrupted)):
+        if limit is not None and not math.isfinite(limit):
+            raise StudyError(f"{name} {limit}: expected a finite number")
     terminal = console()
     study = request.study()
     terminal.print(f"{request.describe()}{study.plan().summary()}\n", highlight=False, soft_wrap=True)

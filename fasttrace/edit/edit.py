@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .matrices import Matrix, fingerprint
 from .update import Applied, Update, matrices_of, unedited
 
 FORMAT = "fasttrace edit 1"
+_LARGEST = 1e6  # of a factor: far above any fit, far below what overflows
 _FACTORS, _RECIPE = "factors.safetensors", "edit.json"
 
 
@@ -152,10 +153,37 @@ def load_edit(folder: str | Path) -> Edit:
         tensors = load_file(folder / _FACTORS)
         entries = table["matrices"]
         updates = tuple(Update(name, tensors[e["left"]], tensors[e["right"]]) for name, e in entries.items())
+        _check_loaded(folder, updates, table["recipe"]["matrices"])
         digests = {name: str(entry["fingerprint"]) for name, entry in entries.items()}
         return Edit(updates, _recipe_from_json(table["recipe"]), digests)
-    except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        SafetensorError,
+    ) as error:
         raise EditError(f"the edit in {str(folder)!r} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _check_loaded(folder: Path, updates: Sequence[Update], named: Any) -> None:
+    """Refuse factors that no fit gives, and an edit that lost some of its matrices."""
+    names = [update.name for update in updates]
+    if not names or sorted(names) != sorted(named):
+        raise EditError(f"the edit in {str(folder)!r} has {len(names)} of its {len(named)} matrices: save it again")
+    for update in updates:
+        for factor in (update.left, update.right):
+            if not factor.is_floating_point() or factor.dim() != 2 or not bool(factor.abs().max() < _LARGEST):
+                raise EditError(
+                    f"the edit in {str(folder)!r} has factors of {update.name} that are not finite, above "
+                    f"{_LARGEST:g}, or no matrices of numbers: save it again"
+                )
+        if update.left.shape[1] != update.right.shape[1]:
+            raise EditError(
+                f"the edit in {str(folder)!r} has factors of {update.name} of different rank: save it again"
+            )
 
 
 def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def site_sets(pipe: Any, given: Any, window: int) -> tuple[SiteSet, ...]:
     """
     everything = discover_sites(pipe)
     elements = [given] if isinstance(given, str | Site | tuple) else listed("sites", given)
-    if not elements:
+    if not elements or any(isinstance(element, tuple) and not element for element in elements):
         raise StudyError('sites is empty: expected "unet", "text", names or globs')
     singles: dict[str, Site] = {}
     sets: dict[str, SiteSet] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,15 @@ import numpy as np
 
 from ..errors import StudyError
 from ..prompts import Prompt
+
+SEED_LIMIT = 2**63
+"""Seeds are whole numbers below it, as tables hold them and every generator takes them."""
+
+MOST = 1_000_000
+"""Elements of one list of a study, and a bound that turns a slip of the keyboard into an error instead of a hang."""
+
+MOST_STEPS = 10_000
+"""Denoising steps; no scheduler was trained with as many."""
 
 
 def checked_prompts(given: Any) -> tuple[Prompt, ...]:
@@ -36,18 +46,24 @@ def checked_prompts(given: Any) -> tuple[Prompt, ...]:
 
 def checked_seeds(given: Any, name: str = "seeds") -> tuple[int, ...]:
     seeds = (given,) if isinstance(given, int | np.integer) else listed(name, given)
-    whole = all(isinstance(seed, int | np.integer) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    whole = all(
+        isinstance(seed, int | np.integer) and not isinstance(seed, bool) and 0 <= seed < SEED_LIMIT for seed in seeds
+    )
     if not seeds or not whole or len(set(seeds)) < len(seeds):
-        raise StudyError(f"{name}={list(seeds)!r}: expected different whole numbers >= 0, at least one")
+        shown = repr(list(seeds[:8])) + (" ..." if len(seeds) > 8 else "")
+        raise StudyError(f"{name}={shown}: expected different whole numbers from 0 to 2^63 - 1, at least one")
     return tuple(int(seed) for seed in seeds)
 
 
 def listed(name: str, given: Any) -> tuple[Any, ...]:
-    """The elements of a list."""
+    """The elements of a list, at most `MOST`."""
     try:
-        return tuple(given)
+        elements = tuple(itertools.islice(given, MOST + 1))
     except TypeError as error:
         raise StudyError(f"{name}={given!r}: expected a list") from error
+    if len(elements) > MOST:
+        raise StudyError(f"{name} has more than {MOST:,} elements: split the study")
+    return elements
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -55,9 +71,10 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
         raise StudyError(f"{name}={value!r}: expected one of {', '.join(choices)}")
 
 
-def whole_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StudyError(f"{name}={value!r}: expected a whole number >= 1")
+def whole_number(name: str, value: Any, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        limits = ">= 1" if most is None else f"from 1 to {most:,}"
+        raise StudyError(f"{name}={value!r}: expected a whole number {limits}")
 
 
 def number(name: str, value: Any, least: float = -math.inf) -> None:

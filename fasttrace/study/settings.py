@@ -16,7 +16,7 @@ from ..pipeline import needs_added
 from ..prompts import Prompt, TokenizedPrompt
 from ..sites import TEXT_PARTS
 from .axes import Positions, SiteSet, Steps, parse_positions, parse_steps, site_sets
-from .checks import checked_prompts, checked_seeds, listed, number, one_of, text, whole_number
+from .checks import MOST_STEPS, checked_prompts, checked_seeds, listed, number, one_of, text, whole_number
 from .schedulers import with_scheduler
 
 PROTOCOLS = ("free", "teacher_forced")
@@ -63,10 +63,10 @@ class Settings:
         one_of("base", self.base, BASES)
         one_of("branch", self.branch, BRANCHES)
         one_of("scored_text", self.scored_text, ("prompt", "target"))
-        whole_number("num_inference_steps", self.num_inference_steps)
+        whole_number("num_inference_steps", self.num_inference_steps, most=MOST_STEPS)
         whole_number("windows", self.windows)
-        for name in ("guidance_scale", "eta"):
-            number(name, getattr(self, name))
+        number("guidance_scale", self.guidance_scale)
+        number("eta", self.eta, least=0)
         text("negative_prompt", self.negative_prompt)
         if not isinstance(self.sources, Mapping):
             raise StudyError(f"sources={self.sources!r}: expected a mapping of names to texts")

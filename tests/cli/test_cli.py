@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         "print('heavy:', [m for m in ('torch', 'pandas', 'matplotlib', 'diffusers') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "sites", "plan", "sweep", "report", "edit", "profile"):
+    for name in ("demo", "sites", "plan", "sweep", "report", "edit", "profile", "tune"):
         assert f" {name} " in output
     assert "heavy: []" in output
 
@@ -114,3 +115,46 @@ def test_numbers_and_options_are_read():
     assert settings["positions"] == [3, 4]
     settings = read_request("m", ["a red apple"], ["apple"], steps=["windows:5"]).settings
     assert settings["steps"] == {"width": 5, "stride": 1}  # as in Python, where no stride means one
+
+
+def test_version_is_said():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("fasttrace ")
+
+
+def test_sites_as_json():
+    result = run("sites", MODEL, "unet.mid_block*", "--json")
+    rows = json.loads(result.output)
+    assert result.exit_code == 0
+    assert len(rows) == 5
+    assert set(rows[0]) == {"site", "part", "kind", "layer", "module"}
+
+
+def test_tune_shows_and_forgets_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    empty = run("tune")
+    assert empty.exit_code == 0
+    assert "No CUDA card" in empty.output
+    assert "No choices" in empty.output
+    file = tmp_path / "fasttrace" / "choices.json"
+    file.parent.mkdir()
+    kept = {"A card": {"geglu r16 float16": {"implementation": "triton", "us": {"triton": 5.0, "reference": 9.5}}}}
+    file.write_text(json.dumps(kept))
+    shown = run("tune")
+    assert shown.exit_code == 0
+    for text in ("A card", "geglu r16 float16", "triton 5, reference 9.5", "1 choice in"):
+        assert text in shown.output
+    assert run("tune", "--forget").exit_code == 0
+    assert not file.exists()
+
+
+def test_the_shell_names_its_own_option_to_overwrite(monkeypatch):
+    def refuse(*_, **__):
+        raise StudyError("holds another study; choose another folder, or overwrite=True")
+
+    monkeypatch.setattr("fasttrace.pipeline.load_pipeline", refuse)
+    result = run("sites", MODEL)
+    assert result.exit_code == 2
+    assert result.stderr.rstrip().endswith("or --overwrite")

@@ -246,3 +246,26 @@ def test_edits_that_cannot_be_combined(tiny_sd15: Any) -> None:
         combine(tiny_sd15, [ft.fit_edit(tiny_sd15, CONCEPT, gram=torch.eye(32))])
     with pytest.raises(EditError, match="at least one"):
         combine(tiny_sd15, [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_a_saved_edit_with_absurd_factors_is_refused(tiny_sd15: Any, tmp_path: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    ft.fit_edit(tiny_sd15, {"apple": "pizza"}).save(tmp_path)
+    file = tmp_path / "factors.safetensors"
+    tensors = load_file(file)
+    tensors["left.0"][0, 0] = value
+    save_file(tensors, file)
+    with pytest.raises(EditError, match="not finite, above"):
+        ft.load_edit(tmp_path)
+
+
+def test_a_saved_edit_that_lost_its_matrices_is_refused(tiny_sd15: Any, tmp_path: Path) -> None:
+    ft.fit_edit(tiny_sd15, {"apple": "pizza"}, method="uce").save(tmp_path)
+    file = tmp_path / "edit.json"
+    table = json.loads(file.read_text())
+    table["matrices"].popitem()
+    file.write_text(json.dumps(table))
+    with pytest.raises(EditError, match="of its"):
+        ft.load_edit(tmp_path)
