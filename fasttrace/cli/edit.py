@@ -87,6 +87,7 @@ def edit(
 
     from ..edit import fit_edit
     from ..edit.cases import emoji_attribute, emoji_captions
+    from ..edit.edit import RECIPE_FILE
     from ..edit.export import LORA_FILE, export_lora
     from ..edit.grid import save_grid
     from ..edit.judge import judge as judge_edit
@@ -119,8 +120,9 @@ def edit(
         preserve=preserve or (),
         captions=kept,
     )
+    if (out / RECIPE_FILE).is_file():  # an earlier edit's LoRA would pass for this one's
+        (out / LORA_FILE).unlink(missing_ok=True)
     fitted.save(out)
-    (out / LORA_FILE).unlink(missing_ok=True)  # of an earlier edit
     console.print(_describe(fitted))
     if lora:
         console.print(f"LoRA: {export_lora(fitted, out)}")

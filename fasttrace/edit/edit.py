@@ -20,7 +20,7 @@ from .update import Applied, Update, matrices_of, unedited
 
 FORMAT = "fasttrace edit 1"
 _LARGEST = 1e6  # of a factor: far above any fit, far below what overflows
-_FACTORS, _RECIPE = "factors.safetensors", "edit.json"
+_FACTORS, RECIPE_FILE = "factors.safetensors", "edit.json"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Edit:
             entries[update.name] = {"left": left, "right": right, "fingerprint": digest}
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / _FACTORS)
         table = {"format": FORMAT, "recipe": _recipe_to_json(self.recipe), "matrices": entries}
-        (folder / _RECIPE).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return folder
 
 
@@ -144,12 +144,12 @@ def load_edit(folder: str | Path) -> Edit:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not (folder / _RECIPE).is_file() or not (folder / _FACTORS).is_file():
-        raise EditError(f"no edit in {str(folder)!r}: expected {_RECIPE} and {_FACTORS}, as Edit.save writes them")
+    if not (folder / RECIPE_FILE).is_file() or not (folder / _FACTORS).is_file():
+        raise EditError(f"no edit in {str(folder)!r}: expected {RECIPE_FILE} and {_FACTORS}, as Edit.save writes them")
     try:
-        table = json.loads((folder / _RECIPE).read_text(encoding="utf-8"))
+        table = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         if table["format"] != FORMAT:
-            raise EditError(f"{folder / _RECIPE} has format {table['format']!r}: expected {FORMAT!r}")
+            raise EditError(f"{folder / RECIPE_FILE} has format {table['format']!r}: expected {FORMAT!r}")
         tensors = load_file(folder / _FACTORS)
         entries = table["matrices"]
         updates = tuple(Update(name, tensors[e["left"]], tensors[e["right"]]) for name, e in entries.items())
