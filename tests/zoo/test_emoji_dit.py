@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from fasttrace.errors import ModelError
 from fasttrace.zoo import emoji, emoji_dit
-from fasttrace.zoo.emoji import data, train_unet
+from fasttrace.zoo.emoji import data, noise_check, train_unet
+from fasttrace.zoo.emoji.drawing import Settings, text_states
 from fasttrace.zoo.emoji_dit import architecture, evaluate, model, train, train_transformer
 
 
@@ -139,15 +140,28 @@ def test_the_users_own_call_works_and_depends_on_the_seed_and_the_caption(pipe) 
     assert not torch.equal(first, draw("three green cactus", 0))
 
 
-def test_evaluation_draws_one_seed_a_caption(pipe) -> None:
-    settings = evaluate.Settings(steps=2, guidance=3.0, batch=2)
+def test_evaluation_draws_what_the_users_own_call_draws_with_one_seed_a_caption(pipe) -> None:
+    settings = Settings(steps=2, guidance=3.0, batch=2)
     texts = ["a red penguin", "a cactus", "a gift"]
-    together = evaluate.generate(pipe, texts, settings)
+    together = evaluate.draw_states(pipe, text_states(pipe, texts), texts, settings)
     alone = pipe(
         "a gift", generator=torch.Generator().manual_seed(2), num_inference_steps=2, guidance_scale=3.0,
         output_type="pt",
     ).images  # fmt: skip
     torch.testing.assert_close(together[2:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_noise_check_and_the_report_run_on_the_transformer(pipe) -> None:
+    settings = Settings(steps=1, batch=4)
+    noise = noise_check.measure(
+        pipe, emoji.load_judge("cpu"), emoji.load_scorer("cpu"), 2, settings, scales=(10,), draw=evaluate.draw_states
+    )
+    assert any(mean for mean, _, _ in noise["10x"]["clip_score"].values())
+    table = dict.fromkeys(data.NAMES, (1, 2))
+    found = {"held_out": table, "trained": table, "held_out_pairs": {"two, sand": table}, "noise": noise}
+    lines = evaluate.report(found).splitlines()
+    assert sum("| 50.0% | 9.5% to 90.5% |" in line for line in lines) == len(data.NAMES)
+    assert any(line.startswith("| judge | 10x |") for line in lines)
 
 
 def test_what_is_exported_loads_again_in_halves(pipe, tmp_path: Path) -> None:

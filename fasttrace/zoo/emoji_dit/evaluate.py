@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..emoji import noise_check
 from ..emoji.data import NAMES, Scene, held_out_scenes, training_scenes
-from ..emoji.drawing import Settings, choose
+from ..emoji.drawing import Settings, choose, text_states
 from ..emoji.evaluate import attribute_table, contact_sheet, pair_lines, pair_table, wilson
 from ..emoji.judge import load_judge
+from ..emoji.model import load_scorer
 from ..emoji.training import replace_text
 from . import model
 from .train import latest
@@ -29,15 +31,21 @@ STEPS = 28
 
 
 @torch.no_grad()
-def generate(pipe: Any, texts: Sequence[str], settings: Settings) -> Tensor:
-    """Pictures [B, 3, 64, 64] in [0, 1] of captions, seeds 0 upwards."""
+def draw_states(pipe: Any, states: Tensor, captions: Sequence[str], settings: Settings) -> Tensor:
+    """Pictures [B, 3, 64, 64] in [0, 1] of text states [B, 24, 128] of the captions, seeds 0 upwards.
+
+    The pooled state is the one of ``states`` where the caption ends, so that noise on a word reaches it too.
+    """
+    ends = torch.tensor([len(ids) - 1 for ids in pipe.tokenizer(list(captions), truncation=True)["input_ids"]])
+    pooled = states[torch.arange(len(states)), ends]
     parts = []
-    for start in tqdm(range(0, len(texts), settings.batch), desc="pictures", leave=False):
-        part = list(texts[start : start + settings.batch])
+    for start in tqdm(range(0, len(captions), settings.batch), desc="pictures", leave=False):
+        rows = slice(start, start + settings.batch)
         parts.append(
             pipe(
-                part,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
+                prompt_embeds=states[rows],
+                pooled_prompt_embeds=pooled[rows],
+                generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))[rows]],
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance,
                 output_type="pt",
@@ -53,7 +61,10 @@ def report(found: dict[str, Any]) -> str:
         held_out, trained = (right / total for right, total in (found["held_out"][name], found["trained"][name]))
         low, high = wilson(*found["held_out"][name])
         lines.append(f"| {name} | {held_out:.1%} | {low:.1%} to {high:.1%} | {BARS[name]:.0%} | {trained:.1%} |")
-    return "\n".join([*lines, "", *pair_lines(found["held_out_pairs"])]) + "\n"
+    lines += ["", *pair_lines(found["held_out_pairs"])]
+    if "noise" in found:
+        lines += noise_check.report(found["noise"])
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -62,6 +73,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=model.WEIGHTS)
     parser.add_argument("--work", type=Path, help="measure the moving average in this work folder instead")
     parser.add_argument("--pictures", type=int, default=504, help="held-out captions (default 504)")
+    parser.add_argument("--noise-pictures", type=int, default=60, help="pictures a cell of the noise matrix; 0: none")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=Settings.guidance)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -74,7 +86,7 @@ def main() -> None:
     def pictures(pool: Sequence[Scene], number: int) -> tuple[list[Scene], list[str], Tensor]:
         chosen = choose(pool, number)
         texts = [said.text for _, said in chosen]
-        return [scene for scene, _ in chosen], texts, generate(pipe, texts, settings)
+        return [scene for scene, _ in chosen], texts, draw_states(pipe, text_states(pipe, texts), texts, settings)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     scenes, texts, images = pictures(held_out_scenes(), arguments.pictures)
@@ -86,6 +98,10 @@ def main() -> None:
         "held_out_pairs": pair_table(reader, images, scenes),
         "trained": attribute_table(reader, known, known_scenes),
     }
+    if arguments.noise_pictures:
+        found["noise"] = noise_check.measure(
+            pipe, reader, load_scorer(pipe.device), arguments.noise_pictures, settings, draw=draw_states
+        )
     replace_text(arguments.out / "evaluation.json", json.dumps(found, indent=1) + "\n")
     print(report(found))
     print(f"contact sheet and evaluation.json in {arguments.out}")
