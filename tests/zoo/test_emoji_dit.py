@@ -1,4 +1,4 @@
-"""The packaged transformer: its architecture, its training step and its pipeline; and what it writes it reads."""
+"""The packaged transformer: its architecture, its training, its pipeline and the weights as they are shipped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from safetensors import safe_open
 
 from fasttrace.errors import ModelError
 from fasttrace.zoo import emoji, emoji_dit
 from fasttrace.zoo.emoji import data, noise_check, train_unet
-from fasttrace.zoo.emoji.drawing import Settings, text_states
+from fasttrace.zoo.emoji.drawing import Settings, choose, labels_of, text_states
 from fasttrace.zoo.emoji_dit import architecture, evaluate, model, train, train_transformer
 
 
@@ -177,3 +179,22 @@ def test_what_is_exported_loads_again_in_halves(pipe, tmp_path: Path) -> None:
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"emoji_dit\.train"):
         emoji_dit.load("cpu", folder=tmp_path)
+
+
+def test_the_shipped_weights_are_small_halves_and_load_without_a_network(monkeypatch) -> None:
+    files = [path for path in model.WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 14e6
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    with safe_open(model.WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
+        assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F16"}  # noqa: SIM118
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+    assert isinstance(emoji_dit.load("cpu"), StableDiffusion3Pipeline)
+
+
+def test_the_shipped_weights_draw_what_training_captions_say() -> None:
+    chosen = choose(data.training_scenes(), 8)
+    texts = [said.text for _, said in chosen]
+    shipped = emoji_dit.load("cpu")
+    images = evaluate.draw_states(shipped, text_states(shipped, texts), texts, Settings(steps=12))
+    right = emoji.load_judge("cpu").labels(images) == labels_of([scene for scene, _ in chosen])
+    assert right.float().mean() >= 0.75  # chance is 0.21

@@ -78,5 +78,7 @@ def export(transformer: Any, folder: Path = WEIGHTS) -> None:
     shutil.rmtree(part, ignore_errors=True)
     with quiet():
         copy.deepcopy(transformer).half().save_pretrained(part / "transformer")
+    for path in part.rglob("*.*"):
+        path.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
