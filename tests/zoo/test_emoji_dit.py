@@ -181,7 +181,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         emoji_dit.load("cpu", folder=tmp_path)
 
 
-def test_the_shipped_weights_are_small_halves_and_load_without_a_network(monkeypatch) -> None:
+def test_the_shipped_weights_are_small_halves_and_load_without_a_word_or_a_network(monkeypatch, capfd) -> None:
     files = [path for path in model.WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 14e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
@@ -189,6 +189,7 @@ def test_the_shipped_weights_are_small_halves_and_load_without_a_network(monkeyp
         assert {tensors.get_slice(key).get_dtype() for key in tensors.keys()} == {"F16"}  # noqa: SIM118
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
     assert isinstance(emoji_dit.load("cpu"), StableDiffusion3Pipeline)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_shipped_weights_draw_what_training_captions_say() -> None:

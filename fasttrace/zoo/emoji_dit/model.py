@@ -42,7 +42,7 @@ def load(
         from diffusers import SD3Transformer2DModel
 
         transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", local_files_only=True)
-    return assemble(transformer).to(target, dtype or (torch.float32 if target.type == "cpu" else torch.float16))
+        return assemble(transformer).to(target, dtype or (torch.float32 if target.type == "cpu" else torch.float16))
 
 
 def assemble(transformer: Any) -> EmojiDiTPipeline:
