@@ -139,6 +139,15 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width)
 
 
+def pair_lines(pairs: dict[str, dict[str, tuple[int, int]]]) -> list[str]:
+    """``pair_table``'s in Markdown, one line each."""
+    lines = ["| held-out pair | pictures | " + " | ".join(NAMES) + " |", "|---|---|" + "---|" * len(NAMES)]
+    for pair, table in pairs.items():
+        shares = " | ".join(f"{right / total:.0%}" for right, total in table.values())
+        lines.append(f"| {pair} | {table['object'][1]} | {shares} |")
+    return lines
+
+
 def report(found: dict[str, Any]) -> str:
     """The tables in Markdown."""
     lines = [
@@ -153,10 +162,7 @@ def report(found: dict[str, Any]) -> str:
             f"| {name} | {share['held_out']:.1%} | {within['held_out']} | {BARS[name]:.0%} | {share['trained']:.1%} "
             f"| {share['judge']:.1%} | {share['clip']:.1%} | {within['clip']} |"
         )
-    lines += ["", "| held-out pair | pictures | " + " | ".join(NAMES) + " |", "|---|---|" + "---|" * len(NAMES)]
-    for pair, table in found["held_out_pairs"].items():
-        shares = " | ".join(f"{right / total:.0%}" for right, total in table.values())
-        lines.append(f"| {pair} | {table['object'][1]} | {shares} |")
+    lines += ["", *pair_lines(found["held_out_pairs"])]
     kept = ", ".join(f"{decibels:.1f} dB in {style}" for style, decibels in found["autoencoder"]["psnr"].items())
     read = ", ".join(f"{name} {right / total:.1%}" for name, (right, total) in found["autoencoder"]["read"].items())
     lines += ["", f"The autoencoder alone keeps {kept}; through it the judge reads {read}."]

@@ -15,11 +15,11 @@ from torch import Tensor
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix to ``matrix`` [m, n], roughly, by Newton-Schulz in bf16."""
+def orthogonalise(matrix: Tensor, iterations: int = 5, precision: torch.dtype = torch.bfloat16) -> Tensor:
+    """The nearest semi-orthogonal matrix to ``matrix`` [m, n], roughly, by Newton-Schulz in ``precision``."""
     a, b, c = _QUINTIC
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = (matrix if wide else matrix.T).to(precision)
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         gram = x @ x.T
@@ -40,7 +40,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
+        precision: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.precision = precision
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "betas": betas, "orthogonal": True}
         super().__init__(params, {"lr": lr, **defaults})
 
@@ -56,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(grad)
         state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = orthogonalise(grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+        update = orthogonalise(grad.lerp(state["momentum"], group["momentum"]).flatten(1), precision=self.precision)
         scale = 0.2 * max(update.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)

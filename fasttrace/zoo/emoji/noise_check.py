@@ -5,7 +5,7 @@ The method rests on it: at the right scale a noised attribute falls near chance 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from .data import NAMES, NO_COLOUR, SIZES, Caption, held_out_scenes
 from .drawing import Settings, choose, generate, labels_of, text_states
 
 SCALES = (1, 3, 10, 30)
+Draw = Callable[[Any, Tensor, Sequence[str], Settings], Tensor]
+
+
+def draw_states(pipe: Any, states: Tensor, captions: Sequence[str], settings: Settings) -> Tensor:
+    """Pictures of text states, seeds 0 upwards, by a pipeline that reads nothing but them."""
+    return generate(pipe, states, range(len(captions)), settings)
 
 
 def measure(
@@ -30,10 +36,11 @@ def measure(
     number: int,
     settings: Settings,
     scales: Sequence[float] = SCALES,
+    draw: Draw = draw_states,
 ) -> dict[str, dict[str, Any]]:
     """What noise at each scale does to ``number`` pictures of held-out captions, the seeds the same throughout.
 
-    Every scene has a colour, so that there is a word to noise.
+    Every scene has a colour, so that there is a word to noise. ``draw`` makes pictures of text states of captions.
 
     Returns:
         For each scale (``"3x"``) ``read``: noised attribute to the share of pictures in which each attribute is read
@@ -48,7 +55,7 @@ def measure(
 
     def look(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read as the caption says [N, 6]; the judge's probability of that [N, 6]; CLIP score [N]."""
-        images = generate(pipe, states, range(number), settings)
+        images = draw(pipe, states, captions, settings)
         sure = reader.probabilities(images)
         sure_of = torch.stack([sure[name].gather(1, target[:, i, None])[:, 0] for i, name in enumerate(NAMES)], dim=1)
         return reader.labels(images) == target, sure_of, clip_scores(scorer, images, captions)

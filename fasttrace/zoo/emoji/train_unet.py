@@ -35,12 +35,17 @@ class Cache:
     captions: list[range]
 
 
+def training_captions() -> list[str]:
+    """Every caption of every training scene, in the order of the cache's rows."""
+    return [caption(s, t).text for s in training_scenes() for t in range(len(TEMPLATES)) if fits(s, t)]
+
+
 @torch.no_grad()
 def build_cache(vae: Any, text_encoder: Any, tokenizer: Any) -> Cache:
     """Encode every training picture, and every caption of it."""
     scenes = training_scenes()
     laid = [(scene, layout) for scene in scenes for layout in range(layouts(scene))]
-    said = [caption(scene, t).text for scene in scenes for t in range(len(TEMPLATES)) if fits(scene, t)]
+    said = training_captions()
     latents = []
     for start in range(0, len(laid), 64):
         part = laid[start : start + 64]
