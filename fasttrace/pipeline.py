@@ -19,8 +19,9 @@ def load_pipeline(name: str, *, device: str | torch.device | None = None, dtype:
     """A diffusers text-to-image pipeline, ready to trace.
 
     Args:
-        name: ``"emoji"`` for the packaged model, a form of `fasttrace.zoo.random_pipeline` with the prefix
-            ``"random:"`` (``"random:tiny-sd15"``), a local folder in diffusers' layout, or a hub id.
+        name: ``"emoji"`` or ``"emoji-dit"`` for the packaged UNet or transformer, a form of
+            `fasttrace.zoo.random_pipeline` with the prefix ``"random:"`` (``"random:tiny-sd15"``), a local folder in
+            diffusers' layout, or a hub id.
         device: the GPU if there is one, else the CPU.
         dtype: float16 on a GPU, float32 on a CPU.
 
@@ -33,6 +34,10 @@ def load_pipeline(name: str, *, device: str | torch.device | None = None, dtype:
         from .zoo import emoji
 
         return emoji.load(device=device, dtype=dtype)
+    if name == "emoji-dit":
+        from .zoo import emoji_dit
+
+        return emoji_dit.load(device=device, dtype=dtype)
     if name.startswith("random:"):
         from .zoo import random_pipeline
 

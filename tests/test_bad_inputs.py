@@ -25,7 +25,7 @@ STUDY = [
     *({"positions": bad} for bad in ("nowhere", 5, [0.5], [None], {"a": 1})),
     *({"steps": bad} for bad in ("sometimes", [99], [-1], [0.5], 5, {"width": 0}, {"stride": 1}, {"width": 2.5})),
     *({name: bad} for name in ("protocol", "base", "branch", "scored_text", "source") for bad in ("other", 3)),
-    *({"scheduler": bad} for bad in ("none", 3, object())),
+    *({"scheduler": bad} for bad in ("none", 3, ...)),
     *({"negative_prompt": bad} for bad in (None, 3, ["x"])),
     *({"corruption": bad} for bad in (None, 3.0, "3x")),
     *({"sources": bad} for bad in (None, {"x": 3}, {"clean": "x"})),
