@@ -74,7 +74,8 @@ def encode(pipe: Any, text: str, noise: Mapping[str, Tensor] | None = None) -> E
         for part, encoder in encoders.items():
             stack.enter_context(_hook(word_embeddings(encoder), _see(part, ids, noise.get(part))))
         returned = pipe.encode_prompt(text, **_arguments(pipe))
-    names = _RETURNS.get(type(pipe).__name__.removesuffix("Pipeline"), ("embeds",))
+    classes = [one.__name__.removesuffix("Pipeline") for one in type(pipe).__mro__]
+    names = next((_RETURNS[one] for one in classes if one in _RETURNS), ("embeds",))
     found = {name: value[0] for name, value in zip(names, returned, strict=False) if name}
     return Encoded(found["embeds"], found.get("pooled"), found.get("mask"), ids)
 

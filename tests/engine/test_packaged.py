@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fasttrace as ft
+from fasttrace.encoding import encode
 from fasttrace.pipeline import encode_prompt
 
 STEPS = 4
@@ -82,3 +83,23 @@ def test_text_sweeps_equal_the_oracle() -> None:
     fast = ft.trace_text(pipe.text_encoder, prompt.ids, patches, noise)
     assert relative(fast.restored, oracle.restored) <= 1e-5
     assert relative(oracle.restored, oracle.corrupted[None].expand_as(oracle.restored)) > 1e-2
+
+
+def test_the_packaged_transformer_traces_as_its_pipeline_draws() -> None:
+    """Clean latents are the user's own call's; lockstep equals the oracle within float32 on the trained weights."""
+    pipe = ft.load_pipeline("emoji-dit")
+    clean, corrupted, negative = (
+        encode(pipe, text).condition for text in ("a red penguin in flat style", "a blue owl in mosaic style", "")
+    )
+    sites = [site.name for site in ft.discover_sites(pipe) if site.part == "transformer"][::9]
+    options = {"negative": negative, "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 3}
+    fast, oracle = (
+        ft.trace_denoiser(pipe, clean, corrupted, [ft.Patch(site) for site in sites], engine=engine, **options)
+        for engine in ("fast", "oracle")
+    )
+    torch.testing.assert_close(fast.restored, oracle.restored, rtol=1e-4, atol=1e-4)
+    own = pipe(
+        "a red penguin in flat style", num_inference_steps=2, guidance_scale=3.0, output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    torch.testing.assert_close(fast.clean, own, rtol=1e-5, atol=1e-5)
