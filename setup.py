@@ -55,6 +55,7 @@ setup(
     packages=[*find_packages(include=["fasttrace", "fasttrace.*"]), *kernel_packages],
     package_data={
         "fasttrace.zoo.emoji": ["*.md", "*.png", "*.json", "weights/**/*"],
+        "fasttrace.zoo.emoji_dit": ["*.md", "*.png", "weights/**/*"],
         "fasttrace": ["py.typed", "data/*.jsonl"],
         "fasttrace.backends": ["README.md"],
         "fasttrace.ops": ["selection.csv"],
