@@ -135,7 +135,7 @@ def _list_files(out: Path, page: Path, console: Any) -> None:
 
     about = {
         "pictures.png": "clean, corrupted and restored pictures, with their scores",
-        "unet.png": "every UNet site in network order, a panel a kind; taller is nearer to the clean run",
+        "unet.png": "every UNet site in network order, a panel a kind; nearer to the dashed line is nearer to clean",
         "text_encoder.png": "token by layer; darker is nearer to the clean run, and ★ marks the subject",
         "effects.parquet": "the table of effects, one row a run and metric",
         "study.json": "everything needed to repeat the study",
